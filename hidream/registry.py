@@ -1,0 +1,232 @@
+"""The models by name: where they come from and what their authors publish as defaults."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from hidream.errors import ModelError, UsageError
+
+SAMPLERS = ("euler", "heun", "unipc", "flash")
+TASKS = ("text_to_image", "edit", "subject")
+Variant = Literal["full", "dev"]
+
+# Dev's published timesteps, out of 1000; the sampler appends the final 0.
+_DEV_TIMESTEPS = (
+    *(999, 987, 974, 960, 945, 929, 913, 895, 877, 857, 836, 814, 790, 764),
+    *(737, 707, 675, 640, 602, 560, 515, 464, 409, 347, 278, 199, 110, 8),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a request's fields become where the user leaves them out.
+
+    `sigmas` None means the schedule computed from the number of steps and the shift; a tuple is
+    used as it stands when the number of steps is its length. `noise_scale` is the standard
+    deviation of the first state (and of flash's step noise); `width` and `height` are pixels and
+    give the native area.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    shift: float
+    sampler: str
+    noise_scale: float
+    noise_clip_std: float | None = None
+    sigmas: tuple[float, ...] | None = None
+    width: int = 2048
+    height: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One model: its name here, its home, and how requests to it are filled in.
+
+    `repo` is the hub id, or None for the checkpoint that ships inside the package. `loader` is
+    "module:function", imported only when the model is loaded.
+    """
+
+    name: str
+    repo: str | None
+    family: str
+    variant: Variant
+    patch_size: int
+    defaults: Defaults
+    defaults_by_task: Mapping[str, Defaults] = field(default_factory=lambda: MappingProxyType({}))
+    licence: str
+    description: str
+    loader: str
+
+    def defaults_for(self, task: str) -> Defaults:
+        """The defaults of one of `TASKS`."""
+        return self.defaults_by_task.get(task, self.defaults)
+
+
+_FULL = Defaults(
+    num_inference_steps=50, guidance_scale=5.0, shift=3.0, sampler="unipc", noise_scale=8.0
+)
+_DEV = Defaults(
+    num_inference_steps=28,
+    guidance_scale=0.0,
+    shift=1.0,
+    sampler="flash",
+    noise_scale=7.5,
+    noise_clip_std=2.5,
+    sigmas=tuple(t / 1000 for t in _DEV_TIMESTEPS),
+)
+_FULL_TASKS = MappingProxyType({"subject": replace(_FULL, shift=1.0)})
+_DEV_TASKS = MappingProxyType(
+    {"edit": replace(_DEV, sampler="euler", noise_scale=8.0, noise_clip_std=None)}
+)
+_O1_LOADER = "hidream.models.o1.weights:load_o1"
+
+SPECS: Mapping[str, Spec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            Spec(
+                name="o1-nano",
+                repo=None,
+                family="o1",
+                variant="full",
+                patch_size=16,
+                defaults=replace(
+                    _FULL, shift=1.0, noise_scale=1.0, guidance_scale=3.0, width=128, height=128
+                ),
+                licence="MIT",
+                description="small O1 trained by this project on its procedural world; shipped",
+                loader=_O1_LOADER,
+            ),
+            Spec(
+                name="o1",
+                repo="HiDream-ai/HiDream-O1-Image",
+                family="o1",
+                variant="full",
+                patch_size=32,
+                defaults=_FULL,
+                defaults_by_task=_FULL_TASKS,
+                licence="MIT",
+                description="HiDream-O1-Image, 8B, 50 guided steps",
+                loader=_O1_LOADER,
+            ),
+            Spec(
+                name="o1-dev",
+                repo="HiDream-ai/HiDream-O1-Image-Dev",
+                family="o1",
+                variant="dev",
+                patch_size=32,
+                defaults=_DEV,
+                defaults_by_task=_DEV_TASKS,
+                licence="MIT",
+                description="HiDream-O1-Image-Dev, 8B, distilled to 28 steps without guidance",
+                loader=_O1_LOADER,
+            ),
+            Spec(
+                name="o1-dev-2604",
+                repo="HiDream-ai/HiDream-O1-Image-Dev-2604",
+                family="o1",
+                variant="dev",
+                patch_size=32,
+                defaults=_DEV,
+                defaults_by_task=_DEV_TASKS,
+                licence="MIT",
+                description="HiDream-O1-Image-Dev, edition of April 2026",
+                loader=_O1_LOADER,
+            ),
+        )
+    }
+)
+DEFAULT_MODEL = "o1-nano"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean "x"?` for a misspelt name, or the list of the known ones."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(f'"{c}"' for c in close) + "?"
+    return "known: " + ", ".join(known) + "."
+
+
+def find(name: str) -> Spec:
+    """The model of this name or hub id.
+
+    Raises:
+        UsageError: there is none; the message has the nearest names.
+    """
+    for spec in SPECS.values():
+        if name.lower() in (spec.name, (spec.repo or "").lower()):
+            return spec
+    known = [*SPECS, *(spec.repo for spec in SPECS.values() if spec.repo)]
+    hint = nearest(name, known if "/" in name else SPECS)
+    raise UsageError(f'unknown model "{name}"; {hint}', "A model is a name, a hub id or a folder.")
+
+
+def of_folder(
+    settings: Mapping[str, Any], *, name: str = "", base: Spec | None = None, variant: str = ""
+) -> Spec:
+    """The Spec of a model folder: `base` (or the published model of its variant) with the
+    folder's own `hidream.json` on top.
+
+    `settings` may hold `name`, `variant`, `patch_size`, any field of `Defaults`, and under
+    `tasks` the same per task; other keys belong to the model. `variant` wins over the file, and
+    without either the folder counts as "full".
+
+    Raises:
+        ModelError: a value of the wrong kind.
+    """
+    chosen = variant or settings.get("variant") or (base.variant if base else "full")
+    if chosen not in ("full", "dev"):
+        raise ModelError(f'hidream.json: variant is "{chosen}"; it can be "full" or "dev".')
+    if base is None or base.variant != chosen:
+        base = replace(SPECS["o1-dev" if chosen == "dev" else "o1"], repo=None, description="")
+    patch_size = settings.get("patch_size", base.patch_size)
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise ModelError(f"hidream.json: patch_size={patch_size!r} is not a positive number.")
+    defaults = _overlaid(base.defaults, settings)
+    per_task = settings.get("tasks", {})
+    if not isinstance(per_task, Mapping) or not set(per_task) <= set(TASKS):
+        raise ModelError(f"hidream.json: tasks must be an object with keys among {TASKS}.")
+    tasks = {
+        task: _overlaid(_overlaid(base.defaults_for(task), settings), per_task.get(task, {}))
+        for task in TASKS
+        if task in base.defaults_by_task or task in per_task
+    }
+    return replace(
+        base,
+        name=name or settings.get("name") or base.name,
+        patch_size=patch_size,
+        defaults=defaults,
+        defaults_by_task=MappingProxyType(tasks),
+    )
+
+
+def _overlaid(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
+    found: dict[str, Any] = {}
+    for item in fields(Defaults):
+        if item.name not in settings:
+            continue
+        value = settings[item.name]
+        if item.name == "sampler":
+            good = value in SAMPLERS
+        elif item.name == "sigmas":
+            good = value is None or (isinstance(value, list | tuple) and all(map(_number, value)))
+            value = None if value is None or not good else tuple(map(float, value))
+        elif item.name == "noise_clip_std":
+            good = value is None or _number(value)
+        elif item.name in ("num_inference_steps", "width", "height"):
+            good = isinstance(value, int) and value > 0
+        else:
+            good = _number(value)
+        if not good:
+            raise ModelError(f"hidream.json: {item.name}={settings[item.name]!r} is not usable.")
+        found[item.name] = value
+    return replace(defaults, **found)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
