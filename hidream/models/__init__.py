@@ -1,0 +1,1 @@
+"""The networks: each package has its config, tokens, model and weights."""

@@ -1,0 +1,78 @@
+"""Weights from safetensors into a module that was built on the meta device, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from hidream.errors import ModelError
+from hidream.folder import Folder
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def tensor_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Name and shape of every tensor that a checkpoint of `module` holds, tied ones once."""
+    seen: set[int] = set()
+    shapes = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            shapes[name] = list(tensor.shape)
+    return shapes
+
+
+def check_tensors(folder: Folder, expected: Mapping[str, list[int]]) -> None:
+    """Compare a folder's headers with what a module needs, before any weight is read.
+
+    Raises ModelError that lists what is missing, left over or of another shape.
+    """
+    missing = [name for name in expected if name not in folder.tensors]
+    unexpected = [name for name in folder.tensors if name not in expected]
+    reshaped = [
+        f"{name} {list(folder.tensors[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in folder.tensors and list(folder.tensors[name].shape) != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for names, what in (
+            (missing, "missing"),
+            (unexpected, "not of this model"),
+            (reshaped, "of a wrong shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelError(
+            f"the tensors in {folder.path} do not fit the model; {'; '.join(problems)}.",
+            "Download the folder again, or check its config.json.",
+        )
+
+
+def load_weights(
+    module: Module, folder: Folder, *, device: torch.device | str, dtype: torch.dtype
+) -> Module:
+    """Fill `module` (on meta) tensor by tensor, each read straight to `device`; eval mode.
+
+    Raises ModelError for keys too many or too few, wrong shapes, and values that are not finite.
+    """
+    expected = tensor_shapes(module)
+    check_tensors(folder, expected)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({info.file for info in folder.tensors.values()}):
+        with safe_open(file, framework="pt", device=str(device)) as shard:
+            for name in shard.keys():
+                tensor = shard.get_tensor(name).to(dtype)
+                if not tensor.isfinite().all():
+                    raise ModelError(
+                        f"{name} in {file} holds values that are not finite.",
+                        "The file is damaged, or the training run that wrote it diverged.",
+                    )
+                tensors[name] = tensor
+    module.load_state_dict(tensors, assign=True, strict=set(tensors) == set(module.state_dict()))
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,276 @@
+"""O1-Image's network: text, reference pictures and noisy pixel patches in one token sequence.
+
+                      logits                       x0, the clean patches
+                        ↑                              ↑
+                     lm_head                     final_layer2
+    ┌───────────────────┴──────────────────────────────┴───────────────────────┐
+    │  language_model: Decoder – text rows read backwards, generated rows all  │
+    └──────↑───────────────↑──────────────────↑─────────↑───────────────↑──────┘
+      visual (ViT)   embed_tokens        t_embedder1  x_embedder    x_embedder
+           ↑               ↑                  ↑         ↑               ↑
+      references        caption             time   noisy patches   references
+    └─────────── prefix, causal ───────┘└───────────── generated ──────────────┘
+
+The prefix depends on neither time nor noise nor any later token: `prefill` computes its keys and
+values once, and each denoising step (`velocity`) runs the generated tokens alone, without a mask.
+`forward` runs the whole sequence at once, with one: that is training, and language.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hidream.models.o1.batch import Batch
+from hidream.models.o1.config import O1Config
+from hidream.models.o1.decoder import Decoder
+from hidream.models.o1.tokens import Tokens
+from hidream.models.o1.vision import VisionTokens, VisionTower
+from hidream.nn.attention import Backend, attention
+from hidream.nn.rope import Rope
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `forward` returns: clean patches, and a logit for every next text token."""
+
+    x0: Float[Tensor, "b n p"] | None
+    logits: Float[Tensor, "b a vocab"] | None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """All that does not change from step to step, for a batch of requests of one size.
+
+    `keys[layer][row]`, `values[layer][row]`: (a, kv_heads, head_dim) of a request's causal tokens.
+    `references[row]`: (r, d), embedded patches. `rope`: of the generated tokens, packed.
+    """
+
+    keys: tuple[tuple[Tensor, ...], ...]
+    values: tuple[tuple[Tensor, ...], ...]
+    references: tuple[Float[Tensor, "r d"], ...]
+    rope: Rope
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+
+class O1(nn.Module):
+    """HiDream-O1-Image (arXiv 2605.11061, fig. 7), with the published checkpoints' names."""
+
+    def __init__(self, config: O1Config, attention_backend: Backend = "auto"):
+        super().__init__()
+        self.config = config
+        self.attention_backend: Backend = attention_backend
+        self.model = UiT(config)
+        self.lm_head = None
+        if config.has_lm_head:
+            size = config.text.hidden_size
+            self.lm_head = nn.Linear(size, config.text.vocab_size, bias=False)
+            if config.tie_word_embeddings:
+                self.lm_head.weight = self.model.language_model.embed_tokens.weight
+
+    def forward(
+        self,
+        batch: Batch,
+        x_t: Float[Tensor, "b n p"] | None = None,
+        sigma: Float[Tensor, " b"] | None = None,
+    ) -> Prediction:
+        """The whole sequence with a dense mask. Without `x_t`, text alone: logits, no picture."""
+        uit, num_text = self.model, batch.input_ids.shape[1]
+        hidden, deepstack = self._embed_text(batch)
+        if x_t is not None and sigma is not None:
+            generated = [uit.t_embedder1(1 - sigma)[:, None], uit.x_embedder(x_t)]
+            if batch.references.shape[1]:
+                generated.append(uit.x_embedder(batch.references))
+            hidden = torch.cat([hidden, *generated], dim=1)
+            after = hidden.shape[1] - num_text
+            deepstack = tuple(nn.functional.pad(d, (0, 0, 0, after)) for d in deepstack)
+        length = hidden.shape[1]
+        mask = batch.attention_mask()[:, :length, :length]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, mask=mask, backend=self.attention_backend)
+
+        rope = uit.language_model.rope(batch.position_ids[..., :length])
+        hidden = uit.language_model(hidden, rope, attend, deepstack)
+        x0 = None
+        if x_t is not None:
+            first = num_text + 1  # the timestep token stands before the target
+            x0 = uit.final_layer2(hidden[:, first : first + x_t.shape[1]])
+        logits = self.lm_head(hidden[:, :num_text]) if self.lm_head is not None else None
+        return Prediction(x0, logits)
+
+    def prefill(self, requests: Sequence[Tokens]) -> Prefix:
+        """Keys and values of every request's causal tokens, embedded references, angles."""
+        uit = self.model
+        device = uit.language_model.embed_tokens.weight.device
+        requests = [tokens.to(device) for tokens in requests]
+        hidden = uit.language_model.embed_tokens(torch.cat([r.input_ids for r in requests]))
+        hidden, deepstack = self._place_images(hidden, requests)
+        lengths = [len(r.input_ids) for r in requests]
+        keys: list[tuple[Tensor, ...]] = []
+        values: list[tuple[Tensor, ...]] = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = [t.split(lengths) for t in (q, k, v)]
+            keys.append(rows[1])
+            values.append(rows[2])
+            causal = (
+                attention(q[None], k[None], v[None], causal=True, backend=self.attention_backend)
+                for q, k, v in zip(*rows, strict=True)
+            )
+            return torch.cat([out[0] for out in causal])
+
+        positions = [
+            r.position_ids.split([n, r.num_generated], dim=1)
+            for n, r in zip(lengths, requests, strict=True)
+        ]
+        rope = uit.language_model.rope(torch.cat([causal for causal, _ in positions], dim=1))
+        uit.language_model(hidden, rope, attend, deepstack)
+        return Prefix(
+            keys=tuple(keys),
+            values=tuple(values),
+            references=tuple(uit.x_embedder(r.references.to(hidden)) for r in requests),
+            rope=uit.language_model.rope(torch.cat([gen for _, gen in positions], dim=1)),
+        )
+
+    def predict_x0(
+        self, x_t: Float[Tensor, "b n p"], sigma: Float[Tensor, ""], prefix: Prefix
+    ) -> Float[Tensor, "b n p"]:
+        """The clean patches, from the generated tokens alone: they read the prefix and each other."""
+        uit, (b, n, _) = self.model, x_t.shape
+        dtype = uit.x_embedder.proj1.weight.dtype
+        time = uit.t_embedder1((1 - sigma).reshape(1).to(x_t.device))
+        targets = uit.x_embedder(x_t.to(dtype))
+        rows = [torch.cat([time, targets[i], prefix.references[i]]) for i in range(b)]
+        lengths = [len(row) for row in rows]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = []
+            for i, (q, k, v) in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True)):
+                k = torch.cat([prefix.keys[layer][i], k])
+                v = torch.cat([prefix.values[layer][i], v])
+                out.append(attention(q[None], k[None], v[None], backend=self.attention_backend)[0])
+            return torch.cat(out)
+
+        hidden = uit.language_model(torch.cat(rows), prefix.rope, attend)
+        targets = torch.stack([row[1 : 1 + n] for row in hidden.split(lengths)])
+        return uit.final_layer2(targets).float()
+
+    def velocity(
+        self, x_t: Float[Tensor, "b n p"], sigma: Float[Tensor, ""], prefix: Prefix
+    ) -> Float[Tensor, "b n p"]:
+        """dx_t/dsigma = (x_t − x0) / tau, fp32, with tau the sigma that the network is shown.
+
+        The published models were sampled with timesteps cut to whole thousandths; the solver
+        keeps the exact sigma. The hair keeps 0.987, stored as 0.98699999, at 987.
+        """
+        tau = torch.floor(1000 * sigma.float() + 1e-3) / 1000
+        x0 = self.predict_x0(x_t, tau, prefix)
+        return (x_t.float() - x0) / tau.clamp(min=1e-3).to(x_t.device)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: variance 1/fan_in, residual outputs smaller, and a picture head of zero."""
+        depth = 2 * self.config.text.num_layers
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                std = module.weight[0].numel() ** -0.5
+                if name.endswith(("o_proj", "down_proj")):
+                    std /= depth**0.5
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.zeros_(self.model.final_layer2.linear.weight)
+
+    def _embed_text(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        hidden = self.model.language_model.embed_tokens(batch.input_ids)
+        if batch.pixel_values is None:
+            return hidden, ()
+        vision = self.model.visual(batch.pixel_values.to(hidden), list(batch.image_grids))
+        hidden, deepstack = _scatter(hidden.flatten(0, 1), batch.image_slots, vision)
+        shape = (*batch.input_ids.shape, -1)
+        return hidden.view(shape), tuple(d.view(shape) for d in deepstack)
+
+    def _place_images(
+        self, hidden: Float[Tensor, "l d"], requests: Sequence[Tokens]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        grids = [grid for r in requests for grid in r.image_grids]
+        if not grids:
+            return hidden, ()
+        pixels = torch.cat([r.pixel_values for r in requests if r.image_grids])
+        slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0]
+        return _scatter(hidden, slots, self.model.visual(pixels.to(hidden), grids))
+
+
+def _scatter(
+    hidden: Float[Tensor, "l d"], slots: Int[Tensor, " v"], vision: VisionTokens
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Vision tokens take the placeholders' places; their deepstack companions start from zero."""
+    zero = torch.zeros_like(hidden)
+    return (
+        hidden.index_copy(0, slots, vision.tokens.to(hidden.dtype)),
+        tuple(zero.index_copy(0, slots, d.to(hidden.dtype)) for d in vision.deepstack),
+    )
+
+
+class UiT(nn.Module):
+    """The unified transformer: a vision-language model that also reads and writes pixel patches."""
+
+    def __init__(self, config: O1Config):
+        super().__init__()
+        size = config.text.hidden_size
+        self.visual = VisionTower(config.vision, out_size=size)
+        self.language_model = Decoder(config.text)
+        self.t_embedder1 = TimestepEmbedder(size)
+        self.x_embedder = BottleneckPatchEmbedding(config.patch_dim, size)
+        self.final_layer2 = PixelHead(size, config.patch_dim)
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1], 0 is noise → 256 sinusoids of 1000·t, cosines first → two linear maps."""
+
+    def __init__(self, size: int, num_frequencies: int = 256):
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(nn.Linear(num_frequencies, size), nn.SiLU(), nn.Linear(size, size))
+
+    def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        half = self.num_frequencies // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10_000) * steps / half)
+        angles = 1000 * t.float()[:, None] * frequencies
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+class BottleneckPatchEmbedding(nn.Module):
+    """A patch's pixels → a quarter of the width → the width, with nothing between."""
+
+    def __init__(self, patch_dim: int, size: int):
+        super().__init__()
+        self.proj1 = nn.Linear(patch_dim, size // 4, bias=False)
+        self.proj2 = nn.Linear(size // 4, size)
+
+    def forward(self, patches: Float[Tensor, "*b n p"]) -> Float[Tensor, "*b n d"]:
+        return self.proj2(self.proj1(patches))
+
+
+class PixelHead(nn.Module):
+    """A token → its clean patch in [−1, 1]; linear, no modulation."""
+
+    def __init__(self, size: int, patch_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(size, patch_dim)
+
+    def forward(self, hidden: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n p"]:
+        return self.linear(hidden)

@@ -1,0 +1,113 @@
+"""Reference pictures and layouts, prepared as the published checkpoints were trained on them.
+
+The sizes, filters and roundings here are facts of those checkpoints; the parity fixtures hold
+each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+from PIL import Image, ImageDraw
+
+from hidream.models.o1.config import ReferenceBudgets
+
+Box = tuple[float, float, float, float]  # x1, x2, y1, y2 as fractions of the picture
+
+LAYOUT_COLORS = (
+    (255, 0, 0),
+    (0, 180, 0),
+    (0, 0, 255),
+    (204, 180, 0),
+    (255, 0, 255),
+    (0, 255, 255),
+    (128, 0, 0),
+    (0, 128, 0),
+    (0, 0, 128),
+    (128, 128, 0),
+)
+
+
+def prepare_references(
+    references: Sequence[Image.Image],
+    layout: Sequence[Box],
+    *,
+    width: int,
+    height: int,
+    patch_size: int,
+    budgets: ReferenceBudgets,
+) -> list[Image.Image]:
+    """Every reference at the size that their number allows; a layout is one more, the last.
+
+    With a layout, box i belongs to reference i, which gets a border in its box's colour.
+    """
+    count = len(references) + bool(layout)
+    side = budgets.side(count, max(width, height))
+    prepared = [fit_to_area(picture, side, patch_size) for picture in references]
+    if not layout:
+        return prepared
+    ranks = rank_by_area(layout)
+    prepared = [
+        fit_to_area(_framed(picture, LAYOUT_COLORS[rank]), side, patch_size)
+        for picture, rank in zip(prepared, ranks, strict=True)
+    ]
+    return [*prepared, fit_to_area(draw_layout(layout, width, height), side, patch_size)]
+
+
+def fit_to_area(picture: Image.Image, side: int, multiple: int) -> Image.Image:
+    """Scale and centre-crop to about side² pixels, both sides multiples of `multiple`."""
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = math.sqrt(side**2 / (picture.width * picture.height))
+    widths, heights = (
+        [max(rounded(n * scale) // multiple, 1) * multiple for rounded in (round, math.floor)]
+        for n in picture.size
+    )
+    sizes = sorted(product(widths, heights), key=lambda size: size[0] * size[1], reverse=True)
+    width, height = next((s for s in sizes if s[0] * s[1] <= side**2), sizes[-1])
+    if picture.width / width < picture.height / height:
+        scaled = (width, round(picture.height / (picture.width / width)))
+    else:
+        scaled = (round(picture.width / (picture.height / height)), height)
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def vision_copy(picture: Image.Image, side: int, multiple: int) -> Image.Image:
+    """A prepared reference as the vision tower sees it: about side² pixels, aspect kept."""
+    ratio = picture.width / picture.height
+    width = math.sqrt(side**2 * ratio)
+    size = tuple(max(int(n / multiple), 1) * multiple for n in (width, width / ratio))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def rank_by_area(layout: Sequence[Box]) -> list[int]:
+    """Each box's rank, 0 for the largest; the first of equals is the larger."""
+    areas = [(x2 - x1) * (y2 - y1) for x1, x2, y1, y2 in layout]
+    order = sorted(range(len(layout)), key=lambda i: -areas[i])
+    return [order.index(i) for i in range(len(layout))]
+
+
+def draw_layout(layout: Sequence[Box], width: int, height: int) -> Image.Image:
+    """Coloured outlines on black, the largest first and thickest."""
+    picture = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(picture)
+    thickest = int(0.05 * math.sqrt(width * height))
+    for rank, (x1, x2, y1, y2) in sorted(zip(rank_by_area(layout), layout, strict=True)):
+        left, right = (min(max(round(x * width), 0), width - 1) for x in (x1, x2))
+        top, bottom = (min(max(round(y * height), 0), height - 1) for y in (y1, y2))
+        line = max(thickest - rank * max(1, thickest // 5), 5)
+        draw.rectangle((left, top, right, bottom), outline=LAYOUT_COLORS[rank], width=line)
+    return picture
+
+
+def _framed(picture: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    picture = picture.copy()
+    line = int(0.04 * math.sqrt(picture.width * picture.height))
+    if line:
+        right, bottom = picture.width - 1, picture.height - 1
+        ImageDraw.Draw(picture).rectangle((0, 0, right, bottom), outline=color, width=line)
+    return picture

@@ -1,0 +1,276 @@
+"""A request becomes tokens: the chat's ids, three-axis positions, reference patches."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+from torch import Tensor
+
+from hidream.errors import ModelError
+from hidream.models.o1.config import O1Config
+from hidream.models.o1.patches import patchify, to_tensor, vision_patches
+from hidream.models.o1.references import Box, prepare_references, vision_copy
+
+FIRST_TARGET_POSITION = 4096  # on all three axes, however long the prompt is
+UNCONDITIONAL_PROMPT = " "
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|boi_token|>",
+    "<|bor_token|>",
+    "<|eor_token|>",
+    "<|bot_token|>",
+    "<|tms_token|>",
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One request: `[a causal tokens | timestep | n target patches | r reference patches]`.
+
+    `input_ids` are the causal tokens, up to `<|boi_token|>`. `position_ids` hold (time, row,
+    column) of all tokens. `references`: clean patches in [−1, 1], (0, p) without any.
+    `image_slots` marks the causal tokens whose embeddings the vision tower gives, from
+    `pixel_values` with `image_grids` (rows, columns) in its patches. `caption` is the stretch of
+    `input_ids` that spells the prompt.
+    """
+
+    input_ids: Int[Tensor, " a"]
+    position_ids: Int[Tensor, "3 l"]
+    references: Float[Tensor, "r p"]
+    image_slots: Bool[Tensor, " a"]
+    pixel_values: Float[Tensor, "v c"]
+    image_grids: tuple[tuple[int, int], ...]
+    grid: tuple[int, int]
+    caption: slice
+
+    @property
+    def num_target(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_generated(self) -> int:
+        return self.position_ids.shape[1] - len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Tokens:
+        tensors = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template.
+
+    What a user writes is text, also where it spells a special token: only the template places
+    special tokens. Other text gets the ids that tokenising the whole rendered chat would give.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self._text = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+            self._template = (folder / "chat_template.jinja").read_text()
+        except Exception as error:  # the tokenizers library raises plain Exception
+            template = _template_in_config(folder)
+            if not (folder / "tokenizer.json").is_file() or template is None:
+                raise ModelError(
+                    f"{folder} has no readable tokenizer.json with a chat template ({error}).",
+                    "Use a folder in the published layout.",
+                ) from error
+            self._template = template
+        missing = [t for t in SPECIAL_TOKENS if self._text.token_to_id(t) is None]
+        if missing:
+            raise ModelError(
+                f"the tokenizer in {folder} lacks {', '.join(missing)}.",
+                "O1 needs its own tokenizer, not that of the Qwen3-VL it was trained from.",
+            )
+        self.special = {t: self._text.token_to_id(t) for t in SPECIAL_TOKENS}
+        self._text.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+        self._text.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._text.decode(list(ids), skip_special_tokens=True)
+
+    def chat(self, caption: str, image_lengths: Sequence[int] = ()) -> tuple[list[int], slice]:
+        """Ids of one user turn, pictures first, with the prompt for an answer; caption's stretch.
+
+        `image_lengths`: the number of vision tokens of each picture.
+        """
+        ids: list[int] = []
+        lengths = iter(image_lengths)
+        span = slice(0, 0)
+        for part in self._parts(len(image_lengths)):
+            if part == "<|image_pad|>":
+                ids += [self.special[part]] * next(lengths)
+            elif part in self.special:
+                ids.append(self.special[part])
+            else:
+                before, mark, after = part.partition(_CAPTION)
+                first = len(ids)
+                ids += self.encode(before + caption + after if mark else part)
+                if mark:
+                    num_before, num_after = (
+                        len(self.encode(t)) if t else 0 for t in (before, after)
+                    )
+                    span = slice(first + num_before, len(ids) - num_after)
+        return ids, span
+
+    @cached_property
+    def _render(self):
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(self._template).render
+
+    def _parts(self, num_images: int) -> list[str]:
+        """The chat around the caption, cut at special tokens."""
+        if num_images not in self._cached_parts:
+            content = [{"type": "image"}] * num_images + [{"type": "text", "text": _CAPTION}]
+            message = {"role": "user", "content": content if num_images else _CAPTION}
+            chat = self._render(messages=[message], add_generation_prompt=True)
+            cut = "|".join(re.escape(token) for token in SPECIAL_TOKENS)
+            self._cached_parts[num_images] = [p for p in re.split(f"({cut})", chat) if p]
+        return self._cached_parts[num_images]
+
+    @cached_property
+    def _cached_parts(self) -> dict[int, list[str]]:
+        return {}
+
+
+_CAPTION = "\ue000caption\ue000"  # stands for the prompt while the template is rendered
+
+
+def _template_in_config(folder: Path) -> str | None:
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text()).get("chat_template")
+            if isinstance(template, str):
+                return template
+    return None
+
+
+def encode(
+    tokenizer: Tokenizer,
+    config: O1Config,
+    prompt: str,
+    *,
+    width: int,
+    height: int,
+    references: Sequence[Image.Image] = (),
+    layout: Sequence[Box] = (),
+) -> Tokens:
+    """Tokens of a request for a `width` × `height` picture, both multiples of the patch.
+
+    `references` are RGB pictures of any size. `layout` has a box for each of them.
+    """
+    prepared = prepare_references(
+        references,
+        layout,
+        width=width,
+        height=height,
+        patch_size=config.patch_size,
+        budgets=config.budgets,
+    )
+    return encode_prepared(tokenizer, config, prompt, prepared, width=width, height=height)
+
+
+def encode_prepared(
+    tokenizer: Tokenizer,
+    config: O1Config,
+    prompt: str,
+    prepared: Sequence[Image.Image],
+    *,
+    width: int,
+    height: int,
+) -> Tokens:
+    """As `encode`, with references that are at their final size already."""
+    patch, vision = config.patch_size, config.vision
+    side = config.budgets.vision_side(len(prepared))
+    copies = [vision_copy(picture, side, vision.stride) for picture in prepared]
+    image_grids = tuple(
+        (c.height // vision.patch_size, c.width // vision.patch_size) for c in copies
+    )
+    merged = [(rows // vision.merge_size, cols // vision.merge_size) for rows, cols in image_grids]
+
+    ids, caption = tokenizer.chat(prompt, [rows * columns for rows, columns in merged])
+    ids.append(tokenizer.special["<|boi_token|>"])
+    input_ids = torch.tensor(ids)
+    image_slots = input_ids == tokenizer.special["<|image_pad|>"]
+
+    grid = (height // patch, width // patch)
+    generated = [grid, *((p.height // patch, p.width // patch) for p in prepared)]
+    position_ids = torch.cat(
+        [text_positions(image_slots, merged, num_after=1), patch_positions(generated)], dim=1
+    )
+    patches = [patchify(to_tensor(picture), patch) for picture in prepared]
+    pixels = [
+        vision_patches(c, vision.patch_size, vision.merge_size, vision.temporal_patch_size)
+        for c in copies
+    ]
+    return Tokens(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        references=torch.cat(patches) if patches else torch.zeros(0, config.patch_dim),
+        image_slots=image_slots,
+        pixel_values=torch.cat(pixels) if pixels else torch.zeros(0, vision.patch_dim),
+        image_grids=image_grids,
+        grid=grid,
+        caption=caption,
+    )
+
+
+def text_positions(
+    image_slots: Bool[Tensor, " a"], grids: Sequence[tuple[int, int]], *, num_after: int = 0
+) -> Int[Tensor, "3 l"]:
+    """Text counts up on all three axes; a picture's tokens spread over rows and columns.
+
+    A picture of (rows, columns) tokens starts where the text before it ended, and the text after
+    it goes on one past its largest position. `num_after` more text tokens follow.
+    """
+    slots = image_slots.tolist() + [False] * num_after
+    remaining = iter(grids)
+    parts: list[Tensor] = []
+    start = i = 0
+    while i < len(slots):
+        if slots[i]:
+            rows, columns = next(remaining)
+            parts.append(grid_positions((rows, columns), start))
+            i += rows * columns
+            start += max(rows, columns)
+        else:
+            length = next((n for n in range(i, len(slots)) if slots[n]), len(slots)) - i
+            parts.append(torch.arange(start, start + length).expand(3, -1))
+            i += length
+            start += length
+    return torch.cat(parts, dim=1)
+
+
+def patch_positions(grids: Sequence[tuple[int, int]]) -> Int[Tensor, "3 g"]:
+    """The target's grid at 4096, then each reference's one past the largest position so far."""
+    parts, start = [], FIRST_TARGET_POSITION
+    for grid in grids:
+        parts.append(grid_positions(grid, start))
+        start += max(grid)
+    return torch.cat(parts, dim=1)
+
+
+def grid_positions(grid: tuple[int, int], start: int) -> Int[Tensor, "3 n"]:
+    rows, columns = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    return start + torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1)
