@@ -248,21 +248,21 @@ O1_PRO = replace(
 # The checkpoint that this project trains and ships: pictures of 128×128 are 64 tokens.
 O1_NANO = O1Config(
     text=TextConfig(
-        hidden_size=320,
-        intermediate_size=896,
+        hidden_size=256,
+        intermediate_size=704,
         num_layers=8,
-        num_heads=5,
-        num_kv_heads=5,
+        num_heads=4,
+        num_kv_heads=4,
         head_dim=64,
         vocab_size=768,
         rope_theta=10_000.0,
         mrope_sections=(12, 10, 10),
     ),
     vision=VisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=96,
+        intermediate_size=256,
         num_layers=4,
-        num_heads=4,
+        num_heads=3,
         num_positions=64,
         deepstack_layers=(0, 2),
     ),
