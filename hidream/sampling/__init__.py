@@ -1,0 +1,60 @@
+"""Sampling: from noise to a picture along a velocity field. It knows no model.
+
+flow       the convention: sigma, x_t, x0, velocity
+schedules  which sigmas are visited
+samplers   euler, heun, unipc, flash
+guidance   two branches of a model as one velocity
+noise      a counter-based generator: one picture, one seed, the same noise everywhere
+"""
+
+from hidream.sampling.flow import Denoise, add_noise, to_velocity, to_x0
+from hidream.sampling.guidance import Branches, cfg, cfg_batched, guide
+from hidream.sampling.noise import initial_noise, picture_noise, step_noise
+from hidream.sampling.samplers import (
+    SAMPLERS,
+    Noise,
+    OnStep,
+    Sampler,
+    clip_noise,
+    euler,
+    flash,
+    heun,
+    unipc,
+)
+from hidream.sampling.schedules import (
+    custom_sigmas,
+    dev_sigmas,
+    full_sigmas,
+    linear_sigmas,
+    shift_sigma,
+    truncate,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "Branches",
+    "Denoise",
+    "Noise",
+    "OnStep",
+    "Sampler",
+    "add_noise",
+    "cfg",
+    "cfg_batched",
+    "clip_noise",
+    "custom_sigmas",
+    "dev_sigmas",
+    "euler",
+    "flash",
+    "full_sigmas",
+    "guide",
+    "heun",
+    "initial_noise",
+    "linear_sigmas",
+    "picture_noise",
+    "shift_sigma",
+    "step_noise",
+    "to_velocity",
+    "to_x0",
+    "truncate",
+    "unipc",
+]
