@@ -163,7 +163,7 @@ def _corrected_mean(seen: list[tuple[float, Tensor]], sigma_next: float, x0_next
 
 
 def _log_snr(sigma: float) -> float:
-    """lambda = log((1 - sigma) / sigma). It has none at 1, which counts as 1 - 1e-6 as published."""
+    """lambda = log((1 - sigma) / sigma). At 1 there is none: it counts as 1 - 1e-6."""
     sigma = min(sigma, 1 - 1e-6)
     return math.log1p(-sigma) - math.log(sigma)
 
