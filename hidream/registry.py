@@ -167,7 +167,11 @@ def find(name: str) -> Spec:
 
 
 def of_folder(
-    settings: Mapping[str, Any], *, name: str = "", base: Spec | None = None, variant: str = ""
+    settings: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    base: Spec | None = None,
+    variant: str | None = None,
 ) -> Spec:
     """The Spec of a model folder: `base` (or the published model of its variant) with the
     folder's own `hidream.json` on top.

@@ -1,0 +1,289 @@
+"""A model's folder in the published layout, read without its weights: config and headers only."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hidream import registry
+from hidream.errors import ModelError, UsageError
+from hidream.registry import Spec
+
+SHIPPED = Path(__file__).parent / "models"  # checkpoints inside the package
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER = 100_000_000  # bytes, as in safetensors itself
+# What a model folder is made of; nothing else is downloaded.
+DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+_AGAIN = "Download or copy the folder again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lies: file, dtype as safetensors names it, shape, first and last byte + 1
+    counted from the end of the header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A model folder: its `config.json`, its `hidream.json` ({} without one), its tensors."""
+
+    path: Path
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def num_params(self) -> int:
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+
+def open_folder(path: str | Path) -> Folder:
+    """Read a folder's configuration and the headers of its safetensors files.
+
+    Raises:
+        ModelError: the folder, its configuration or a shard is missing, a header is damaged, a
+            file is truncated, index and files disagree, or the weights are only there as a pickle.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in PICKLES and path.is_file():
+        raise _pickle(path)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"the model folder {path} {what}.", "Name a folder with a config.json.")
+    config = _read_json(path / "config.json")
+    settings = _read_json(path / "hidream.json") if (path / "hidream.json").exists() else {}
+    index = path / "model.safetensors.index.json"
+    placed = _read_index(index) if index.exists() else None
+    files = sorted(set(placed.values())) if placed is not None else _weight_files(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name in tensors:
+                raise ModelError(
+                    f"tensor {name} is both in {tensors[name].file.name} and {file.name}.", _AGAIN
+                )
+            tensors[name] = info
+    if placed is not None:
+        _check_index(index, placed, tensors)
+    return Folder(path=path, config=config, settings=settings, tensors=tensors)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors that a safetensors file announces, with their places checked against its size.
+
+    Raises:
+        ModelError: no safetensors file, truncated, or its header contradicts itself.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version " and size < 1000:
+            raise ModelError(
+                f"{file} is a Git LFS pointer, not the weights.", 'Fetch them with "git lfs pull".'
+            )
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) < 8 or length > MAX_HEADER:
+            raise ModelError(f"{file} is not a safetensors file.", _AGAIN)
+        text = stream.read(length)
+    if len(text) < length:
+        raise ModelError(f"{file} is truncated inside its header.", _AGAIN)
+    try:
+        header = json.loads(text)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: _tensor(file, entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"the header of {file} is damaged.", _AGAIN) from error
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offsets):
+        length_told = info.offsets[1] - info.offsets[0]
+        if info.offsets[0] != end or length_told != math.prod(info.shape) * _BYTES[info.dtype]:
+            raise ModelError(
+                f"the header of {file} is damaged: {name} overlaps another tensor, leaves a gap, "
+                "or is not of its shape's length.",
+                _AGAIN,
+            )
+        end = info.offsets[1]
+    if size != 8 + length + end:
+        what = "truncated" if size < 8 + length + end else "longer than its header says"
+        raise ModelError(f"{file} is {what}: {size} bytes instead of {8 + length + end}.", _AGAIN)
+    return tensors
+
+
+def locate(
+    model: str | Path, *, variant: str | None = None, download: bool = False
+) -> tuple[Spec, Path]:
+    """The Spec and the folder of a model that is given by name, hub id or folder.
+
+    A folder's `hidream.json` is laid over the Spec; `variant` ("full" or "dev") wins over both.
+    Names go before folders: write ./o1-nano for a folder of that name. With `download`, what is
+    not on this machine is fetched from the hub.
+
+    Raises:
+        UsageError: no such name or variant.
+        ModelError: it is known but not on this machine, or could not be downloaded.
+    """
+    model = str(model)
+    if variant not in (None, "full", "dev"):
+        raise UsageError(f'variant "{variant}" is unknown; it can be "full" or "dev".')
+    spec = _known(model)
+    path = Path(model).expanduser()
+    if spec is None and (path.exists() or _looks_like_path(model)):
+        if not path.exists():
+            raise ModelError(f"the model folder {model} does not exist.", "Check its path.")
+        return registry.of_folder(_settings(path), name=model, variant=variant), path
+    if spec is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        registry.find(model)  # says which names there are
+    if spec is not None and spec.repo is None:
+        path = SHIPPED / spec.name.replace("-", "_")
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"the weights of {spec.name} are missing from this installation ({path}).",
+                "Install hidream again.",
+            )
+    else:
+        path = fetch(spec.repo if spec and spec.repo else model, local_only=not download)
+    name = spec.name if spec else model
+    return registry.of_folder(_settings(path), name=name, base=spec, variant=variant), path
+
+
+def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) -> Path:
+    """The snapshot of a hub repository on this machine, downloaded first unless `local_only`.
+
+    Only weights in safetensors, configuration and tokenizer files are fetched.
+
+    Raises:
+        ModelError: not here, not reachable, gated or unknown; the message says what to do.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    pull = f"hidream models pull {repo}"
+    try:
+        found = huggingface_hub.snapshot_download(
+            repo,
+            allow_patterns=list(DOWNLOADED),
+            local_files_only=local_only,
+            local_dir=folder,
+        )
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{repo} is gated.",
+            'Accept its licence on its model page, then run "hf auth login".',
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        known = [spec.repo for spec in registry.SPECS.values() if spec.repo]
+        raise ModelError(
+            f'the hub has no model "{repo}", or you may not see it; {registry.nearest(repo, known)}'
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        if local_only:
+            raise ModelError(f"{repo} is not on this machine.", f'Get it with "{pull}".') from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(
+            f"{repo} could not be downloaded: {reason}",
+            f'Check the connection and try "{pull}" again; what has come is kept.',
+        ) from error
+    return Path(found)
+
+
+def _known(model: str) -> Spec | None:
+    for spec in registry.SPECS.values():
+        if model.lower() in (spec.name, (spec.repo or "").lower()):
+            return spec
+    return None
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    file = path / "hidream.json"
+    return _read_json(file) if file.is_file() else {}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """`model.safetensors`, or all of a numbered set that has lost its index."""
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+        if pickles:
+            raise _pickle(pickles[0])
+        raise ModelError(f"{path} holds no model.safetensors.", _AGAIN)
+    for file in files:
+        numbered = re.fullmatch(r"model-(\d+)-of-(\d+)\.safetensors", file.name)
+        if numbered:
+            width, count = len(numbered[2]), int(numbered[2])
+            for number in range(1, count + 1):
+                name = f"model-{number:0{width}d}-of-{numbered[2]}.safetensors"
+                if not (path / name).is_file():
+                    raise ModelError(f"shard {name} is missing from {path}.", _AGAIN)
+    return files
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    placed = _read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+        raise ModelError(f"{index} has no weight_map.", _AGAIN)
+    for name in sorted(set(placed.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            what = "a pickle" if Path(name).suffix in PICKLES else "no file of this folder"
+            raise ModelError(f"{index} names {name!r}, which is {what}.", _AGAIN)
+        if not (index.parent / name).is_file():
+            raise ModelError(f"shard {name} is missing from {index.parent}.", _AGAIN)
+    return {tensor: index.parent / name for tensor, name in placed.items()}
+
+
+def _check_index(index: Path, placed: dict[str, Path], tensors: dict[str, TensorInfo]) -> None:
+    for name, file in placed.items():
+        if name not in tensors or tensors[name].file != file:
+            raise ModelError(f"{index.name} places {name} in {file.name}, it is not there.", _AGAIN)
+    for name, info in tensors.items():
+        if name not in placed:
+            raise ModelError(f"{info.file.name} holds {name}, which {index.name} omits.", _AGAIN)
+
+
+def _tensor(file: Path, entry: Mapping[str, Any]) -> TensorInfo:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("not a size")
+    _BYTES[entry["dtype"]]
+    return TensorInfo(file=file, dtype=entry["dtype"], shape=shape, offsets=(begin, end))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file.name} is missing from {file.parent}.", _AGAIN) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelError(f"{file} is not readable JSON.", _AGAIN) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} does not hold a JSON object.", _AGAIN)
+    return content
+
+
+def _pickle(file: Path) -> ModelError:
+    return ModelError(
+        f"{file} is a pickle, which can run any code and is never loaded.",
+        "Use the model's safetensors; hidream models convert, which turns such a file into "
+        "safetensors, comes with a later version.",
+    )

@@ -1,0 +1,330 @@
+"""One request for pictures: the command line's flags, the library's keywords and a picture's
+metadata are all this."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hidream.errors import InputError, UsageError
+from hidream.limits import (
+    MAX_REFERENCES,
+    RANGES,
+    TRAINED_BOXES,
+    Box,
+    aspect_size,
+    check_area,
+    check_in_range,
+    check_interval,
+    check_seed,
+    check_side,
+    check_sigmas,
+    clean_prompt,
+    read_layout,
+    size_error,
+    snap_size,
+)
+from hidream.registry import SAMPLERS, Defaults, nearest
+
+DEFAULT_STRENGTH = 0.6
+NO_PROMPT = " "  # the caption of the unconditional branch, as published
+
+# Fields whose function comes with a later version: accepted only at a value that does nothing.
+_NOT_YET: dict[str, tuple[Any, ...]] = {
+    "image_guidance_scale": (None,),
+    "loras": (None, ()),
+    "shot": (None,),
+    "angle": (None,),
+    "view": (None,),
+    "refine_prompt": (None, "off"),
+    "refine_strength": (None,),
+    "sparsity": (None, 0.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """What to draw and how, checked when it is made; `None` means the model's own default.
+
+    Pictures (`references`, `mask`, `init_image`) are paths or PIL images; they are opened by
+    whoever uses the request. A mask is white where the picture may change. `layout` holds one box
+    per reference, `(x1, x2, y1, y2)` as fractions of the picture. `seed` may be several, one
+    picture each; -1 or None draws one. `guidance_interval` is the range of sigma where guidance
+    acts. `sigmas` fall from at most 1, without the final 0. `strength` is the share of the
+    schedule that an image-to-image request runs.
+
+    Raises:
+        UsageError: a field has the wrong type, is out of range or does not go with another.
+        InputError: a prompt or a box is not usable.
+    """
+
+    prompt: str
+    model: str | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    snap: str | None = None
+    keep_aspect: bool | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    image_guidance_scale: float | None = None
+    shift: float | None = None
+    sampler: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    noise_scale: float | None = None
+    noise_clip_std: float | None = None
+    seed: int | tuple[int, ...] | None = None
+    num_images: int | None = None
+    references: tuple[Any, ...] = ()
+    mask: Any = None
+    strength: float | None = None
+    layout: tuple[Box, ...] | None = None
+    loras: tuple[Any, ...] = ()
+    shot: str | None = None
+    angle: str | None = None
+    view: str | None = None
+    init_image: Any = None
+    refine_prompt: str | None = None
+    refine_strength: float | None = None
+    sparsity: float | None = None
+    deterministic: bool | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__  # the dataclass is frozen for everyone else
+        if self.model is not None and not isinstance(self.model, str):
+            put(self, "model", str(self.model))
+        put(self, "prompt", clean_prompt(self.prompt))
+        if self.negative_prompt is not None:
+            cleaned = clean_prompt(self.negative_prompt, "negative_prompt", may_be_empty=True)
+            put(self, "negative_prompt", cleaned)
+        for name in RANGES:
+            put(self, name, check_in_range(name, getattr(self, name)))
+        for name in ("keep_aspect", "deterministic"):
+            if getattr(self, name) not in (None, True, False):
+                raise UsageError(f"{name}={getattr(self, name)!r} is neither true nor false.")
+        for name in ("width", "height"):
+            put(self, name, check_side(name, getattr(self, name)))
+        if self.width and self.height:
+            check_area(self.width, self.height)
+        if self.snap not in (None, "nearest"):
+            raise UsageError(f'snap={self.snap!r} is unknown; it can be "nearest" or left out.')
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise UsageError(
+                f'unknown sampler "{self.sampler}"; {nearest(str(self.sampler), SAMPLERS)}'
+            )
+        put(self, "sigmas", check_sigmas(self.sigmas, self.num_inference_steps))
+        put(self, "guidance_interval", check_interval(self.guidance_interval))
+        put(self, "seed", check_seed(self.seed, self.num_images))
+        self._check_pictures(put)
+        for name, harmless in _NOT_YET.items():
+            value = tuple(self.loras or ()) if name == "loras" else getattr(self, name)
+            if value not in harmless:
+                raise UsageError(f"{name} is not available for O1 yet.", f"Leave {name} out.")
+
+    def _check_pictures(self, put: Callable[[Any, str, Any], None]) -> None:
+        references = self.references
+        if references is None:
+            references = ()
+        elif _is_picture(references):
+            references = (references,)
+        elif not isinstance(references, Iterable):
+            raise UsageError(f"references={references!r} is not a list of pictures.")
+        references = tuple(references)
+        for number, picture in enumerate(references, 1):
+            if not _is_picture(picture):
+                raise UsageError(f"reference {number} is neither a path nor a picture.")
+        if len(references) > MAX_REFERENCES:
+            raise UsageError(
+                f"{len(references)} references are given; the limit is {MAX_REFERENCES}."
+            )
+        put(self, "references", references)
+        for name in ("mask", "init_image"):
+            if getattr(self, name) is not None and not _is_picture(getattr(self, name)):
+                raise UsageError(f"{name} is neither a path nor a picture.")
+        if self.init_image is None and self.strength is not None:
+            raise UsageError("strength is for image-to-image.", "Give the picture: --init IMAGE.")
+        if self.mask is not None and self.init_image is None and len(references) != 1:
+            raise UsageError(
+                f"a mask belongs to one source picture; there are {len(references)} references.",
+                "Edit one picture, or give the source as init_image.",
+            )
+        if self.layout is not None:
+            put(self, "layout", read_layout(self.layout) or None)
+        if self.layout is not None and len(self.layout) != len(references):
+            raise InputError(
+                f"{len(self.layout)} boxes for {len(references)} references: each reference needs "
+                "its own box.",
+                "Give one box per reference, in the references' order.",
+            )
+
+    @property
+    def task(self) -> str:
+        """text_to_image, edit (one reference) or subject (two or more): decides the defaults."""
+        return ("text_to_image", "edit", "subject")[min(len(self.references), 2)]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed a picture; only of a resolved request, whose seeds are drawn."""
+        if self.seed is None or self.seed == -1:
+            raise UsageError("the request has no seed yet.", "Resolve it first.")
+        if isinstance(self.seed, tuple):
+            return self.seed
+        return tuple(self.seed + index for index in range(self.num_images or 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON values; a picture in memory becomes a note of its size."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerateRequest:
+        """A request from its fields by name: what `to_dict` wrote, or a caller's keywords.
+
+        Raises:
+            UsageError: a name is unknown (the nearest is named) or the prompt is missing.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UsageError(f'unknown field "{name}"; {nearest(str(name), known)}')
+        if "prompt" not in values:
+            raise UsageError("the request has no prompt.")
+        return cls(**values)
+
+
+def resolve(
+    request: GenerateRequest,
+    defaults: Defaults,
+    patch_size: int,
+    *,
+    source_size: tuple[int, int] | None = None,
+    draw_seed: Callable[[], int] = lambda: secrets.randbelow(2**32),
+) -> GenerateRequest:
+    """The request with every `None` replaced by what it becomes; resolving twice changes nothing.
+
+    `source_size` is the (width, height) in pixels of the picture whose aspect a request with
+    `keep_aspect` keeps: the only reference, or else the initial picture. What stays None after
+    this is off: no clipping of noise, or sigmas computed from the steps and the shift.
+
+    Raises:
+        UsageError: a side is no multiple of the patch and `snap` is not "nearest".
+    """
+    keep_aspect = request.keep_aspect
+    if keep_aspect is None:
+        keep_aspect = len(request.references) == 1 or (
+            not request.references and request.init_image is not None
+        )
+        keep_aspect = keep_aspect and request.layout is None
+        keep_aspect = keep_aspect and request.width is None and request.height is None
+    width, height = _resolved_size(request, defaults, patch_size, source_size, keep_aspect)
+    sigmas, steps = request.sigmas, request.num_inference_steps
+    if sigmas is None and defaults.sigmas is not None:
+        own_steps = steps in (None, len(defaults.sigmas))
+        if own_steps and request.shift in (None, defaults.shift):
+            sigmas = defaults.sigmas
+    if sigmas is not None:
+        steps = len(sigmas)
+    seed = request.seed
+    if isinstance(seed, tuple):
+        seed = tuple(draw_seed() if value == -1 else value for value in seed)
+    elif seed is None or seed == -1:
+        seed = draw_seed()
+    negative = request.negative_prompt
+
+    def or_default(name: str) -> Any:
+        value = getattr(request, name)
+        return getattr(defaults, name) if value is None else value
+
+    return replace(
+        request,
+        negative_prompt=negative if negative and negative.strip() else NO_PROMPT,
+        width=width,
+        height=height,
+        keep_aspect=keep_aspect,
+        num_inference_steps=steps or defaults.num_inference_steps,
+        guidance_scale=or_default("guidance_scale"),
+        guidance_interval=request.guidance_interval or (0.0, 1.0),
+        shift=or_default("shift"),
+        sampler=or_default("sampler"),
+        sigmas=sigmas,
+        noise_scale=or_default("noise_scale"),
+        noise_clip_std=or_default("noise_clip_std"),
+        seed=seed,
+        num_images=len(seed) if isinstance(seed, tuple) else request.num_images or 1,
+        strength=_or(request.strength, DEFAULT_STRENGTH) if request.init_image else None,
+        refine_prompt=request.refine_prompt or "off",
+        sparsity=_or(request.sparsity, 0.0),
+        deterministic=bool(request.deterministic),
+    )
+
+
+def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str, ...]:
+    """What a user should be told about the way from the asked to the resolved request."""
+    found = []
+    for name in ("width", "height"):
+        before, after = getattr(asked, name), getattr(resolved, name)
+        if before is not None and before != after:
+            found.append(f"{name}={before} is snapped to {after}.")
+    if resolved.layout and len(resolved.layout) > TRAINED_BOXES:
+        found.append(
+            f"{len(resolved.layout)} boxes: the published checkpoints were trained with at most "
+            f"{TRAINED_BOXES}; all are drawn, but may not all be followed."
+        )
+    if asked.sigmas is not None and asked.shift is not None:
+        found.append("shift has no effect: the sigmas are given.")
+    off = resolved.guidance_scale is not None and resolved.guidance_scale <= 1
+    if off and asked.negative_prompt and asked.negative_prompt.strip():
+        found.append(
+            f"the negative prompt has no effect: guidance_scale={resolved.guidance_scale:g} is "
+            "off (1 or less)."
+        )
+    return tuple(found)
+
+
+def _resolved_size(
+    request: GenerateRequest,
+    defaults: Defaults,
+    patch_size: int,
+    source_size: tuple[int, int] | None,
+    keep_aspect: bool,
+) -> tuple[int, int]:
+    width, height = request.width, request.height
+    if keep_aspect and source_size and width is None and height is None:
+        return aspect_size(source_size, defaults.width * defaults.height, patch_size)
+    if keep_aspect and source_size and (width is None or height is None):
+        ratio = source_size[0] / source_size[1]
+        if width is None:
+            assert height is not None
+            width = snap_size(max(1, round(height * ratio)), height, patch_size)[0]
+        else:
+            height = snap_size(width, max(1, round(width / ratio)), patch_size)[1]
+    width, height = width or defaults.width, height or defaults.height
+    problem = size_error(width, height, patch_size)
+    if problem and request.snap == "nearest":
+        width, height = snap_size(width, height, patch_size)
+    elif problem:
+        raise UsageError(problem, "Or snap to the nearest with --snap nearest.")
+    check_area(width, height)
+    return width, height
+
+
+def _is_picture(value: Any) -> bool:
+    """A path, or something that behaves as a PIL image."""
+    return isinstance(value, str | Path) or (hasattr(value, "size") and hasattr(value, "convert"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if _is_picture(value) and not isinstance(value, str):
+        return f"memory:{value.size[0]}x{value.size[1]}"
+    return value
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
