@@ -66,7 +66,7 @@ def load_weights(
     tensors: dict[str, Tensor] = {}
     for file in sorted({info.file for info in folder.tensors.values()}):
         with safe_open(file, framework="pt", device=str(device)) as shard:
-            for name in shard.keys():
+            for name in [n for n, info in folder.tensors.items() if info.file == file]:
                 tensor = shard.get_tensor(name).to(dtype)
                 if not tensor.isfinite().all():
                     raise ModelError(

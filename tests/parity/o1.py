@@ -24,7 +24,6 @@ from hidream.models.o1.patches import to_picture, unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode, text_positions
 from hidream.models.o1.weights import load_o1
 from hidream.pictures import read_picture
-from hidream.request import parse_layout
 from hidream.sampling import cfg, dev_sigmas, euler, flash, full_sigmas, unipc
 
 
@@ -40,10 +39,7 @@ def run_case(
     config, size = model.config, {"width": case["width"], "height": case["height"]}
     num_pictures = case["num_refs"]
     references = [read_picture(folder / f"ref{i}.png") for i in range(num_pictures)]
-    layout = case.get("layout_bboxes")
-    if isinstance(layout, str):
-        layout = ast.literal_eval(layout)
-    boxes = parse_layout(layout) if layout else ()
+    boxes = published_boxes(case.get("layout_bboxes") or [])
     prompts = [case["prompt"]]
     if case["guidance_scale"] > 1:
         prompts.append(UNCONDITIONAL_PROMPT)
@@ -89,6 +85,22 @@ def run_case(
         "z_final_rel": relative(z, want["z_final"]),
         "image_max_diff": int(np.abs(np.array(picture).astype(int) - theirs).max()),
     }
+
+
+def published_boxes(layout: Any) -> list[tuple[float, ...]]:
+    """Boxes as the reference code reads them: it sorts and clamps what our requests refuse."""
+    layout = ast.literal_eval(layout) if isinstance(layout, str) else layout
+    if isinstance(layout, dict):
+        keys = ("layout_bboxes", "bboxes", "boxes", "bbox_list")
+        layout = next(layout[key] for key in keys if key in layout)
+    boxes = []
+    for box in layout:
+        if isinstance(box, dict):
+            box = box.get("bbox", box.get("box"))
+        scale = 1 if max(box) <= 1 else 100
+        x1, x2, y1, y2 = (min(max(value / scale, 0.0), 1.0) for value in box)
+        boxes.append((min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)))
+    return boxes
 
 
 def _sigmas(case: dict[str, Any]) -> Tensor:

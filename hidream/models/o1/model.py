@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -48,16 +48,25 @@ class Prefix:
     """All that does not change from step to step, for a batch of requests of one size.
 
     `keys[layer][row]`, `values[layer][row]`: (a, kv_heads, head_dim) of a request's causal tokens.
-    `references[row]`: (r, d), embedded patches. `rope`: of the generated tokens, packed.
+    `references[row]`: (r, d), embedded patches. `ropes[row]`: angles of its generated tokens.
     """
 
     keys: tuple[tuple[Tensor, ...], ...]
     values: tuple[tuple[Tensor, ...], ...]
     references: tuple[Float[Tensor, "r d"], ...]
-    rope: Rope
+    ropes: tuple[Rope, ...]
 
     def __len__(self) -> int:
         return len(self.references)
+
+    def take(self, rows: Sequence[int]) -> Prefix:
+        """These rows, in this order; a row may be taken often (one prompt, many seeds)."""
+        return Prefix(
+            keys=tuple(tuple(layer[row] for row in rows) for layer in self.keys),
+            values=tuple(tuple(layer[row] for row in rows) for layer in self.values),
+            references=tuple(self.references[row] for row in rows),
+            ropes=tuple(self.ropes[row] for row in rows),
+        )
 
 
 class O1(nn.Module):
@@ -108,7 +117,7 @@ class O1(nn.Module):
 
     def prefill(self, requests: Sequence[Tokens]) -> Prefix:
         """Keys and values of every request's causal tokens, embedded references, angles."""
-        uit = self.model
+        uit, backend = self.model, self.attention_backend
         device = uit.language_model.embed_tokens.weight.device
         requests = [tokens.to(device) for tokens in requests]
         hidden = uit.language_model.embed_tokens(torch.cat([r.input_ids for r in requests]))
@@ -121,11 +130,11 @@ class O1(nn.Module):
             rows = [t.split(lengths) for t in (q, k, v)]
             keys.append(rows[1])
             values.append(rows[2])
-            causal = (
-                attention(q[None], k[None], v[None], causal=True, backend=self.attention_backend)
-                for q, k, v in zip(*rows, strict=True)
+            read = (
+                attention(*(t[None] for t in row), causal=True, backend=backend)
+                for row in zip(*rows, strict=True)
             )
-            return torch.cat([out[0] for out in causal])
+            return torch.cat([out[0] for out in read])
 
         positions = [
             r.position_ids.split([n, r.num_generated], dim=1)
@@ -137,14 +146,14 @@ class O1(nn.Module):
             keys=tuple(keys),
             values=tuple(values),
             references=tuple(uit.x_embedder(r.references.to(hidden)) for r in requests),
-            rope=uit.language_model.rope(torch.cat([gen for _, gen in positions], dim=1)),
+            ropes=tuple(uit.language_model.rope(generated) for _, generated in positions),
         )
 
     def predict_x0(
         self, x_t: Float[Tensor, "b n p"], sigma: Float[Tensor, ""], prefix: Prefix
     ) -> Float[Tensor, "b n p"]:
-        """The clean patches, from the generated tokens alone: they read the prefix and each other."""
-        uit, (b, n, _) = self.model, x_t.shape
+        """The clean patches, from the generated tokens alone: they read prefix and each other."""
+        uit, backend, (b, n, _) = self.model, self.attention_backend, x_t.shape
         dtype = uit.x_embedder.proj1.weight.dtype
         time = uit.t_embedder1((1 - sigma).reshape(1).to(x_t.device))
         targets = uit.x_embedder(x_t.to(dtype))
@@ -153,13 +162,17 @@ class O1(nn.Module):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = []
-            for i, (q, k, v) in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True)):
-                k = torch.cat([prefix.keys[layer][i], k])
-                v = torch.cat([prefix.values[layer][i], v])
-                out.append(attention(q[None], k[None], v[None], backend=self.attention_backend)[0])
+            for i, (q_i, k_i, v_i) in enumerate(
+                zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+            ):
+                keys = torch.cat([prefix.keys[layer][i], k_i])
+                values = torch.cat([prefix.values[layer][i], v_i])
+                read = attention(q_i[None], keys[None], values[None], backend=backend)
+                out.append(read[0])
             return torch.cat(out)
 
-        hidden = uit.language_model(torch.cat(rows), prefix.rope, attend)
+        cos, sin = zip(*prefix.ropes, strict=True)
+        hidden = uit.language_model(torch.cat(rows), (torch.cat(cos), torch.cat(sin)), attend)
         targets = torch.stack([row[1 : 1 + n] for row in hidden.split(lengths)])
         return uit.final_layer2(targets).float()
 
@@ -176,7 +189,7 @@ class O1(nn.Module):
         return (x_t.float() - x0) / tau.clamp(min=1e-3).to(x_t.device)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: variance 1/fan_in, residual outputs smaller, and a picture head of zero."""
+        """Fresh weights: variance 1/fan_in, smaller where added to the residual, a zero head."""
         depth = 2 * self.config.text.num_layers
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv3d):

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from hidream.models.o1.config import ReferenceBudgets
 
 Box = tuple[float, float, float, float]  # x1, x2, y1, y2 as fractions of the picture
+PixelBox = tuple[int, int, int, int]  # left, top, right, bottom; both corners inside
 
 LAYOUT_COLORS = (
     (255, 0, 0),
@@ -48,7 +49,7 @@ def prepare_references(
     prepared = [fit_to_area(picture, side, patch_size) for picture in references]
     if not layout:
         return prepared
-    ranks = rank_by_area(layout)
+    ranks = rank_by_area(pixel_boxes(layout, width, height))
     prepared = [
         fit_to_area(_framed(picture, LAYOUT_COLORS[rank]), side, patch_size)
         for picture, rank in zip(prepared, ranks, strict=True)
@@ -84,11 +85,24 @@ def vision_copy(picture: Image.Image, side: int, multiple: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def rank_by_area(layout: Sequence[Box]) -> list[int]:
-    """Each box's rank, 0 for the largest; the first of equals is the larger."""
-    areas = [(x2 - x1) * (y2 - y1) for x1, x2, y1, y2 in layout]
-    order = sorted(range(len(layout)), key=lambda i: -areas[i])
-    return [order.index(i) for i in range(len(layout))]
+def pixel_boxes(layout: Sequence[Box], width: int, height: int) -> list[PixelBox]:
+    """(left, top, right, bottom) of each box, both corners inside the picture."""
+    return [
+        (
+            min(max(round(x1 * width), 0), width - 1),
+            min(max(round(y1 * height), 0), height - 1),
+            min(max(round(x2 * width), 0), width - 1),
+            min(max(round(y2 * height), 0), height - 1),
+        )
+        for x1, x2, y1, y2 in layout
+    ]
+
+
+def rank_by_area(boxes: Sequence[PixelBox]) -> list[int]:
+    """Each box's rank, 0 for the largest; the first of equals counts as larger."""
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
+    order = sorted(range(len(boxes)), key=lambda i: -areas[i])
+    return [order.index(i) for i in range(len(boxes))]
 
 
 def draw_layout(layout: Sequence[Box], width: int, height: int) -> Image.Image:
@@ -96,11 +110,10 @@ def draw_layout(layout: Sequence[Box], width: int, height: int) -> Image.Image:
     picture = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(picture)
     thickest = int(0.05 * math.sqrt(width * height))
-    for rank, (x1, x2, y1, y2) in sorted(zip(rank_by_area(layout), layout, strict=True)):
-        left, right = (min(max(round(x * width), 0), width - 1) for x in (x1, x2))
-        top, bottom = (min(max(round(y * height), 0), height - 1) for y in (y1, y2))
+    boxes = pixel_boxes(layout, width, height)
+    for rank, box in sorted(zip(rank_by_area(boxes), boxes, strict=True)):
         line = max(thickest - rank * max(1, thickest // 5), 5)
-        draw.rectangle((left, top, right, bottom), outline=LAYOUT_COLORS[rank], width=line)
+        draw.rectangle(box, outline=LAYOUT_COLORS[rank], width=line)
     return picture
 
 

@@ -1,0 +1,42 @@
+"""HiDreamPipeline: the shape that users of diffusers know, over the same pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hidream.pipelines.pipeline import Output, Pipeline, load
+
+
+class HiDreamPipeline:
+    """`from_pretrained`, `.to`, and a call that returns an object with `.images`."""
+
+    def __init__(self, pipeline: Pipeline):
+        self._pipeline = pipeline
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, *, torch_dtype: torch.dtype | str | None = None, device: str = "cpu"
+    ) -> HiDreamPipeline:
+        """As `hidream.load`; the model stays on the CPU until `.to(device)`."""
+        return cls(load(model, device=device, dtype=torch_dtype))
+
+    def to(self, device: str | torch.device) -> HiDreamPipeline:
+        self._pipeline.to(device)
+        return self
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        num_images_per_prompt: int | None = None,
+        generator: torch.Generator | None = None,
+        **fields: Any,
+    ) -> Output:
+        """A request's fields as keywords; a `generator` stands for its initial seed."""
+        if generator is not None:
+            fields.setdefault("seed", generator.initial_seed() % 2**63)
+        if num_images_per_prompt is not None:
+            fields.setdefault("num_images", num_images_per_prompt)
+        return self._pipeline(prompt, **fields)

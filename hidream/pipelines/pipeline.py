@@ -1,0 +1,255 @@
+"""`load` a model by name, hub id or folder; call it with a prompt or with many requests."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from PIL import Image
+
+from hidream.errors import MemoryExceeded, UsageError
+from hidream.folder import locate
+from hidream.models.o1.model import O1
+from hidream.models.o1.tokens import Tokenizer, Tokens, encode
+from hidream.models.o1.weights import load_o1
+from hidream.pictures import read_mask, read_picture
+from hidream.pipelines.denoise import Counter, Job, Source, batch_key, denoise_batch
+from hidream.registry import Spec, nearest
+from hidream.request import GenerateRequest, resolve, warnings_of
+
+log = logging.getLogger(__name__)
+
+MAX_BATCH = 16  # pictures denoised together
+OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], object]
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES |= {"bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Pictures, and how they were made.
+
+    `request` is the request as it was run, nothing left out; `seeds` has one for each picture.
+    `timings` are seconds. `num_forwards` counts calls of the network, also those whose batch held
+    pictures of other requests.
+    """
+
+    images: list[Image.Image]
+    request: GenerateRequest
+    seeds: tuple[int, ...]
+    timings: Mapping[str, float]
+    num_forwards: int
+    warnings: tuple[str, ...] = ()
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    memory: str = "auto",
+    variant: str | None = None,
+) -> Pipeline:
+    """A model ready to be called.
+
+    `model`: a name ("o1-nano"), a hub id, or a folder in the published layout. `device`: auto,
+    cpu, cuda or mps. `dtype`: fp32 on a CPU and bf16 elsewhere unless given. `variant` ("full",
+    "dev") is for published folders without a `hidream.json`.
+
+    Raises ModelError where the model is not there or not whole, UsageError for unknown names.
+    """
+    if memory != "auto":
+        raise UsageError(f'memory="{memory}" is not available yet.', "Leave memory out.")
+    chosen_device = _device(device)
+    chosen_dtype = _dtype(dtype, chosen_device)
+    spec, folder = locate(str(model), variant=variant)
+    try:
+        network, tokenizer = load_o1(folder, device=chosen_device, dtype=chosen_dtype)
+    except torch.OutOfMemoryError as error:
+        raise _memory_exceeded(chosen_device, "the model's weights") from error
+    return Pipeline(spec, network, tokenizer)
+
+
+class Pipeline:
+    """A loaded O1. Calls keep no state: the same request and seed give the same picture."""
+
+    def __init__(self, spec: Spec, model: O1, tokenizer: Tokenizer):
+        self.spec = spec
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.model.final_layer2.linear.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.model.final_layer2.linear.weight.dtype
+
+    def to(self, device: str | torch.device) -> Pipeline:
+        self.model.to(_device(str(device)))
+        return self
+
+    @overload
+    def __call__(
+        self, prompt: str | GenerateRequest, *, on_step: OnStep | None = None, **fields: Any
+    ) -> Output: ...
+    @overload
+    def __call__(
+        self, prompt: Sequence[GenerateRequest], *, on_step: OnStep | None = None
+    ) -> list[Output]: ...
+    def __call__(
+        self,
+        prompt: str | GenerateRequest | Sequence[GenerateRequest],
+        *,
+        on_step: OnStep | None = None,
+        **fields: Any,
+    ) -> Output | list[Output]:
+        """Pictures for a prompt (with a request's fields as keywords), a request, or several.
+
+        Requests that share size and sampling settings are denoised together, up to 16 pictures at
+        a time; the results come in the requests' order, each as if it had been alone, within
+        fp32 rounding (`deterministic=True`: to the bit). `on_step(step, num_steps, preview)` is
+        called after each step, `preview()` gives the pictures so far; what it raises ends the call.
+        """
+        if isinstance(prompt, str):
+            return self._run([GenerateRequest.from_dict({"prompt": prompt, **fields})], on_step)[0]
+        if fields:
+            raise UsageError(
+                f"{', '.join(fields)}: a GenerateRequest has its fields inside.",
+                "Use dataclasses.replace(request, …) to change them.",
+            )
+        if isinstance(prompt, GenerateRequest):
+            return self._run([prompt], on_step)[0]
+        return self._run(list(prompt), on_step)
+
+    @torch.inference_mode()
+    def _run(self, requests: list[GenerateRequest], on_step: OnStep | None) -> list[Output]:
+        start = time.perf_counter()
+        plans = [self._plan(request) for request in requests]
+        encoded = time.perf_counter()
+        jobs = [job for plan in plans for job in plan.jobs]
+        pictures: dict[int, Image.Image] = {}
+        forwards = dict.fromkeys(map(id, jobs), 0)
+        for batch in _batches(jobs):
+            counter = Counter()
+            try:
+                made = denoise_batch(self.model, batch, counter=counter, on_step=on_step)
+            except torch.OutOfMemoryError as error:
+                size = f"{batch[0].request.width}x{batch[0].request.height}"
+                raise _memory_exceeded(self.device, f"{len(batch)} pictures of {size}") from error
+            for job, picture in zip(batch, made, strict=True):
+                pictures[id(job)] = picture
+                forwards[id(job)] = counter.num_forwards
+        end = time.perf_counter()
+        timings = {"encode": encoded - start, "denoise": end - encoded, "total": end - start}
+        return [
+            Output(
+                images=[pictures[id(job)] for job in plan.jobs],
+                request=plan.request,
+                seeds=tuple(job.seed for job in plan.jobs),
+                timings=timings,
+                num_forwards=max(forwards[id(job)] for job in plan.jobs),
+                warnings=plan.warnings,
+            )
+            for plan in plans
+        ]
+
+    def _plan(self, asked: GenerateRequest) -> _Plan:
+        """Read a request's pictures, fill in its defaults, tokenise both branches."""
+        references = [read_picture(picture) for picture in asked.references]
+        initial = read_picture(asked.init_image) if asked.init_image is not None else None
+        source = initial or (references[0] if asked.mask is not None else None)
+        aspect_of = references[0] if len(references) == 1 else initial
+        request = resolve(
+            asked,
+            self.spec.defaults_for(asked.task),
+            self.spec.patch_size,
+            source_size=aspect_of.size if aspect_of else None,
+        )
+        if request.model is None:
+            request = replace(request, model=self.spec.name)
+
+        def tokens(prompt: str) -> Tokens:
+            return encode(
+                self.tokenizer,
+                self.model.config,
+                prompt,
+                width=request.width,
+                height=request.height,
+                references=references,
+                layout=request.layout or (),
+            )
+
+        conditional, unconditional = tokens(request.prompt), tokens(request.negative_prompt)
+        kept = None
+        if source is not None:
+            mask = read_mask(request.mask, source.size) if request.mask is not None else None
+            kept = Source(_resized(source, request), mask and _resized(mask, request))
+        jobs = [Job(request, seed, conditional, unconditional, kept) for seed in request.seeds]
+        return _Plan(request, jobs, warnings_of(asked, request))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    request: GenerateRequest
+    jobs: list[Job]
+    warnings: tuple[str, ...]
+
+
+def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that can be denoised together; a deterministic one is always alone."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        key = id(job) if job.request.deterministic else batch_key(job.request)
+        groups.setdefault(key, []).append(job)
+    return [
+        group[i : i + MAX_BATCH]
+        for group in groups.values()
+        for i in range(0, len(group), MAX_BATCH)
+    ]
+
+
+def _resized(picture: Image.Image, request: GenerateRequest) -> Image.Image:
+    size = (request.width, request.height)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _device(name: str) -> torch.device:
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return torch.device(next(n for n in ("cuda", "mps", "cpu") if available[n]))
+    kind = name.split(":")[0]
+    if kind not in available:
+        raise UsageError(f'unknown device "{name}"; {nearest(name, ["auto", *available])}')
+    if not available[kind]:
+        raise UsageError(f'this machine has no device "{name}".', "Use --device auto.")
+    return torch.device(name)
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f'unknown dtype "{dtype}"; {nearest(dtype, DTYPES)}')
+    if DTYPES[dtype] is torch.float16 and device.type == "cpu":
+        raise UsageError("fp16 has no fast path on a CPU.", "Use fp32 or bf16.")
+    return DTYPES[dtype]
+
+
+def _memory_exceeded(device: torch.device, what: str) -> MemoryExceeded:
+    return MemoryExceeded(
+        f"{what} do not fit the memory of {device}.",
+        "Ask for a smaller size or fewer pictures, or use --device cpu.",
+    )
