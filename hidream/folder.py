@@ -158,7 +158,12 @@ def locate(
                 "Install hidream again.",
             )
     else:
-        path = fetch(spec.repo if spec and spec.repo else model, local_only=not download)
+        try:
+            path = fetch(spec.repo if spec and spec.repo else model, local_only=not download)
+        except ModelError:
+            if spec is None and registry.near(model):
+                registry.find(model)  # a misspelt name, most likely
+            raise
     name = spec.name if spec else model
     return registry.of_folder(_settings(path), name=name, base=spec, variant=variant), path
 

@@ -103,8 +103,8 @@ def check_area(width: int, height: int) -> None:
     """Raise UsageError where the picture is absurdly large."""
     if width * height > MAX_AREA:
         raise UsageError(
-            f"{width}x{height} has {width * height / 1e6:.1f} million pixels; the limit is "
-            f"{MAX_AREA / 1e6:.1f} million (4096x4096)."
+            f"width={width} and height={height} make {width * height / 1e6:.1f} million pixels; "
+            f"the limit is {MAX_AREA / 1e6:.1f} million (4096x4096)."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from hidream.errors import InputError, UsageError
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 8192 * 8192  # of a picture that is read
+MAX_BYTES = 512 * 2**20  # of a file that is read
 MAX_ASPECT = 64  # longer side over shorter side of a picture that is read
 METADATA_KEY = "hidream"
 _ASCII = b"ASCII\0\0\0"  # EXIF's name for the encoding of a comment
@@ -76,9 +79,6 @@ def read_size(source: str | Path | Image.Image, name: str = "picture") -> tuple[
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except _BROKEN as error:
         raise InputError(f"{name} ({source}) is damaged: {_first_line(error)}.") from error
-    finally:
-        if image is not source:
-            image.close()
     return (image.height, image.width) if rotated else image.size
 
 
@@ -94,9 +94,6 @@ def read_metadata(source: str | Path | Image.Image, name: str = "picture") -> di
         comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     except _BROKEN as error:
         raise InputError(f"{name} ({source}) is damaged: {_first_line(error)}.") from error
-    finally:
-        if image is not source:
-            image.close()
     if text is None:
         if isinstance(comment, str):
             comment = comment.encode("ascii", "replace")
@@ -200,8 +197,10 @@ def check_outputs(
         for path in paths:
             if path.is_dir():
                 raise InputError(f"the output {path} is a folder.", "Name a file in it.")
-            if os.path.lexists(path) and not overwrite:
-                raise _exists(path)
+            with suppress(FileNotFoundError):
+                os.lstat(path)  # a name that is too long, or passes through a file, shows here
+                if not overwrite:
+                    raise _exists(path)
         for folder in folders:
             if make_folders:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -255,9 +254,11 @@ def _opened_file(source: str | Path, name: str) -> Image.Image:
             raise InputError(f"{label} does not exist.", "Check its path.")
         if not path.is_file():
             raise InputError(f"{label} is not a file.", "Name a PNG, JPEG or WebP file.")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{label} has more than {MAX_BYTES // 2**20} MB.", "Scale it down.")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path, formats=FORMATS)
+            return Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{label} would unpack to more pixels than the limit of {MAX_PIXELS} (8192x8192).",

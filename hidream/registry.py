@@ -146,10 +146,17 @@ DEFAULT_MODEL = "o1-nano"
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean "x"?` for a misspelt name, or the list of the known ones."""
     known = list(known)
-    close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.6)
+    lower = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.6)
     if close:
-        return "did you mean " + " or ".join(f'"{c}"' for c in close) + "?"
+        return "did you mean " + " or ".join(f'"{lower[item]}"' for item in close) + "?"
     return "known: " + ", ".join(known) + "."
+
+
+def near(repo: str) -> bool:
+    """Whether a hub id looks like a misspelt one of ours."""
+    known = [spec.repo.lower() for spec in SPECS.values() if spec.repo]
+    return bool(difflib.get_close_matches(repo.lower(), known, n=1, cutoff=0.85))
 
 
 def find(name: str) -> Spec:

@@ -35,7 +35,7 @@ NO_PROMPT = " "  # the caption of the unconditional branch, as published
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "image_guidance_scale": (None,),
-    "loras": (None, ()),
+    "loras": ((),),
     "shot": (None,),
     "angle": (None,),
     "view": (None,),
@@ -120,9 +120,9 @@ class GenerateRequest:
         put(self, "guidance_interval", check_interval(self.guidance_interval))
         put(self, "seed", check_seed(self.seed, self.num_images))
         self._check_pictures(put)
+        put(self, "loras", tuple(self.loras or ()))
         for name, harmless in _NOT_YET.items():
-            value = tuple(self.loras or ()) if name == "loras" else getattr(self, name)
-            if value not in harmless:
+            if getattr(self, name) not in harmless:
                 raise UsageError(f"{name} is not available for O1 yet.", f"Leave {name} out.")
 
     def _check_pictures(self, put: Callable[[Any, str, Any], None]) -> None:
