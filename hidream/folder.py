@@ -67,8 +67,7 @@ def open_folder(path: str | Path) -> Folder:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ModelError(f"the model folder {path} {what}.", "Name a folder with a config.json.")
-    config = _read_json(path / "config.json")
-    settings = _read_json(path / "hidream.json") if (path / "hidream.json").exists() else {}
+    config, settings = read_config(path)
     index = path / "model.safetensors.index.json"
     placed = _read_index(index) if index.exists() else None
     files = sorted(set(placed.values())) if placed is not None else _weight_files(path)
@@ -83,6 +82,11 @@ def open_folder(path: str | Path) -> Folder:
     if placed is not None:
         _check_index(index, placed, tensors)
     return Folder(path=path, config=config, settings=settings, tensors=tensors)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A folder's `config.json` and `hidream.json` ({} without one); ModelError if not readable."""
+    return _read_json(path / "config.json"), _settings(path)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

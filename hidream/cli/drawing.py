@@ -1,0 +1,263 @@
+"""What generate, edit and subject share: check everything, load the model, draw, save."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hidream import __version__
+from hidream.cli import console
+from hidream.errors import InputError, ModelError, UsageError
+from hidream.folder import Folder, locate, open_folder
+from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
+from hidream.request import GenerateRequest, resolve, warnings_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from hidream.pipelines import Pipeline
+
+METADATA_VERSION = 1
+MAX_BATCH = 16  # pictures that are drawn together, fewer when they are large
+BATCH_PIXELS = 4 * 2**20
+
+
+def draw(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Make the pictures that the flags ask for; returns the exit code.
+
+    The cheap checks come first: flags, prompt and ranges, output, pictures, the model's headers.
+    torch is imported, and weights are read, only after all of them.
+    """
+    _refuse_for_now(arguments)
+    warnings: list[str] = []
+    model, asked = _request(arguments, given, warnings)
+    spec, folder, missing = _find(model, arguments.variant)
+    if folder is not None and arguments.variant is None and _variant_is_assumed(spec, folder):
+        warnings.append(f"{folder} does not say its variant: full is assumed (--variant dev).")
+    defaults = spec.defaults_for(asked.task)
+    draft = resolve(asked, defaults, spec.patch_size)
+    asked = replace(asked, seed=draft.seed)  # drawn once
+
+    from hidream import pictures  # numpy and Pillow: not needed for what the flags decide
+
+    paths = pictures.plan_outputs(arguments.output, draft.seeds)
+    pictures.check_outputs(
+        paths,
+        overwrite=arguments.overwrite,
+        num_bytes=(draft.width or 0) * (draft.height or 0) * 3 + 65_536,
+        make_folders=not arguments.dry_run,
+    )
+    source_size = _check_pictures(asked, warnings)
+    request = replace(
+        resolve(asked, defaults, spec.patch_size, source_size=source_size), model=spec.name
+    )
+    warnings += warnings_of(asked, request)
+    opened = open_folder(folder) if folder is not None else None
+    if missing is not None and not arguments.dry_run:
+        raise missing
+    for warning in warnings:
+        console.warn(warning)
+    if arguments.dry_run:
+        return _dry_run(arguments, request, spec, opened, paths)
+    return _draw(arguments, model, request, paths, warnings)
+
+
+def _draw(
+    arguments: argparse.Namespace,
+    model: str,
+    request: GenerateRequest,
+    paths: Sequence[Path],
+    warnings: Sequence[str],
+) -> int:
+    from hidream.pictures import write_picture
+    from hidream.pipelines import load
+
+    console.say(f"loading {request.model}")
+    pipe = load(
+        model,
+        device=arguments.device,
+        dtype=None if arguments.dtype == "auto" else arguments.dtype,
+        memory=arguments.memory,
+        variant=arguments.variant,
+    )
+    batches = list(_batches(request, paths))
+    progress = console.Progress(len(batches))
+    saved: list[dict[str, Any]] = []
+    num_forwards, seconds = 0, 0.0
+    try:
+        for part, places in batches:
+            on_step = _on_step(progress, places, arguments.preview_every)
+            output = pipe(part, on_step=on_step)
+            num_forwards += output.num_forwards
+            seconds += output.timings["total"]
+            for image, seed, path in zip(output.images, output.seeds, places, strict=True):
+                note = None if arguments.no_metadata else _metadata(output.request, seed, pipe)
+                write_picture(image, path, note, overwrite=arguments.overwrite)
+                saved.append({"path": str(path), "seed": seed})
+                if not arguments.json:
+                    print(path, flush=True)
+    finally:
+        progress.close()
+    if arguments.json:
+        console.show(
+            {
+                "images": saved,
+                "request": request.to_dict(),
+                "model": request.model,
+                "device": str(pipe.device),
+                "seconds": round(seconds, 3),
+                "num_forwards": num_forwards,
+                "warnings": list(warnings),
+            }
+        )
+    return 0
+
+
+def _refuse_for_now(arguments: argparse.Namespace) -> None:
+    if arguments.embed_inputs:
+        raise UsageError("--embed-inputs arrives in a later version.", "Leave it out.")
+    if arguments.memory != "auto":
+        raise UsageError(
+            f"--memory {arguments.memory} is not available for O1 yet; auto is.", "Leave it out."
+        )
+    if arguments.preview_every is not None and arguments.preview_every < 1:
+        raise UsageError(f"--preview-every {arguments.preview_every} is less than 1.")
+
+
+def _request(
+    arguments: argparse.Namespace, given: dict[str, Any], warnings: list[str]
+) -> tuple[str, GenerateRequest]:
+    """The model and the request: the flags over the settings of --from's picture."""
+    base: dict[str, Any] = {}
+    if arguments.from_picture:
+        from hidream.pictures import read_metadata
+
+        note = read_metadata(arguments.from_picture, "the picture of --from")
+        if note is None or not isinstance(note.get("request"), dict):
+            raise InputError(
+                f"{arguments.from_picture} holds no settings of hidream.",
+                "--from needs a picture that hidream made without --no-metadata.",
+            )
+        base = {name: v for name, v in note["request"].items() if v is not None}
+        if "seed" in given or "num_images" in given:
+            base.pop("num_images", None)
+        if {"num_inference_steps", "shift", "sigmas"} & set(given):
+            base.pop("sigmas", None)
+            if "sigmas" in given:
+                base.pop("num_inference_steps", None)
+    made_by = base.pop("model", None)
+    model = arguments.model or made_by or DEFAULT_MODEL
+    if made_by and model != made_by:
+        warnings.append(f"the settings come from a picture of {made_by}, not of {model}.")
+    if "prompt" not in given and "prompt" not in base:
+        raise UsageError("there is no prompt.", 'Write it first: hidream generate "a red cube".')
+    return model, GenerateRequest.from_dict({**base, **given})
+
+
+def _find(model: str, variant: str | None) -> tuple[Spec, Path | None, ModelError | None]:
+    """Spec and folder; for a published model that is not here, its Spec and what to say later."""
+    try:
+        return *locate(model, variant=variant), None
+    except ModelError as error:
+        known = [name for s in SPECS.values() for name in (s.name, (s.repo or "").lower())]
+        if model.lower() not in known:
+            raise
+        return find(model), None, error
+
+
+def _variant_is_assumed(spec: Spec, folder: Path) -> bool:
+    return spec.name not in SPECS and not (folder / "hidream.json").exists()
+
+
+def _check_pictures(request: GenerateRequest, warnings: list[str]) -> tuple[int, int] | None:
+    """Read every picture once to find what is wrong; returns the size whose aspect may be kept."""
+    from hidream.pictures import mask_warning, read_mask, read_picture
+
+    sizes = [
+        read_picture(picture, f"reference {number}").size
+        for number, picture in enumerate(request.references, 1)
+    ]
+    initial = None
+    if request.init_image is not None:
+        initial = read_picture(request.init_image, "the initial picture").size
+    if request.mask is not None:
+        warning = mask_warning(read_mask(request.mask, initial or sizes[0]))
+        warnings += [warning] if warning else []
+    return sizes[0] if len(sizes) == 1 else initial
+
+
+def _batches(
+    request: GenerateRequest, paths: Sequence[Path]
+) -> Iterator[tuple[GenerateRequest, Sequence[Path]]]:
+    """The request in parts that are drawn together, so that finished pictures are saved."""
+    pixels = (request.width or 1) * (request.height or 1)
+    most = max(1, min(MAX_BATCH, BATCH_PIXELS // pixels))
+    seeds = request.seeds
+    for start in range(0, len(seeds), most):
+        part = seeds[start : start + most]
+        yield replace(request, seed=part, num_images=len(part)), paths[start : start + most]
+
+
+def _on_step(
+    progress: console.Progress, paths: Sequence[Path], preview_every: int | None
+) -> Callable[[int, int, Callable[[], list[Image.Image]]], None]:
+    from hidream.pictures import write_picture
+
+    def on_step(step: int, num_steps: int, preview: Callable[[], list[Image.Image]]) -> None:
+        progress.step(step, num_steps)
+        if preview_every and step % preview_every == 0 and step < num_steps:
+            for image, path in zip(preview(), paths, strict=True):
+                place = path.with_name(f"{path.stem}-step{step:04d}{path.suffix}")
+                write_picture(image, place, overwrite=True)
+
+    return on_step
+
+
+def _metadata(request: GenerateRequest, seed: int, pipe: Pipeline) -> dict[str, Any]:
+    """What a picture says of itself: enough to make it again."""
+    import torch
+
+    return {
+        "hidream": METADATA_VERSION,
+        "request": replace(request, seed=seed, num_images=1).to_dict(),
+        "model": {"name": pipe.spec.name, "repo": pipe.spec.repo},
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "versions": {"hidream": __version__, "torch": torch.__version__},
+    }
+
+
+def _dry_run(
+    arguments: argparse.Namespace,
+    request: GenerateRequest,
+    spec: Spec,
+    folder: Folder | None,
+    paths: Sequence[Path],
+) -> int:
+    from hidream.cli.estimate import estimate
+
+    batch = len(next(_batches(request, paths))[1])
+    expected = estimate(request, folder, spec, arguments.device, arguments.dtype, batch)
+    if folder is None:
+        console.warn(f"{spec.name} is not on this machine: hidream models pull {spec.name}")
+    if expected["memory_bytes"] > expected["available_bytes"]:
+        console.warn("this may not fit the memory.")
+    settings = request.to_dict()
+    if arguments.json:
+        outputs = [str(path) for path in paths]
+        console.show({"request": settings, "outputs": outputs, "estimate": expected})
+        return 0
+    for name, value in settings.items():
+        if value not in (None, [], "off", False):
+            print(f"{name:<20} {value}")
+    print(f"{'output':<20} {', '.join(map(str, paths))}")
+    print(
+        f"{'estimate':<20} {console.size(expected['memory_bytes'])} of memory (of "
+        f"{console.size(expected['available_bytes'])} free), about "
+        f"{console.duration(expected['seconds'])} on {expected['device']}; arithmetic, not a "
+        "measurement"
+    )
+    return 0

@@ -1,0 +1,215 @@
+"""`hidream models`: list, describe, check and download models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hidream.cli import console
+from hidream.cli.arguments import Parser, add_json
+from hidream.errors import ModelError, UsageError
+from hidream.folder import fetch, locate, read_config
+from hidream.registry import SPECS, Spec, find, nearest
+
+if TYPE_CHECKING:
+    from hidream.models.o1.config import O1Config
+
+HELP = """\
+usage: hidream models [list | info | verify | pull] ...
+
+  list                            the models by name, and which are on this machine
+  info NAME_OR_FOLDER [--tensors] sizes, defaults, licence; every tensor's name and shape
+  verify NAME_OR_FOLDER           check headers, names, shapes and values
+  pull NAME_OR_HUB_ID [--to DIR]  download a model (safetensors, configuration, tokenizer)
+
+Each takes --json."""
+
+
+def run(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "list": _list,
+        "info": _info,
+        "verify": _verify,
+        "pull": _pull,
+    }
+    if argv and argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if not argv or argv[0].startswith("-"):
+        return _list(argv)
+    if argv[0] not in commands:
+        raise UsageError(f'unknown command "models {argv[0]}"; {nearest(argv[0], commands)}')
+    return commands[argv[0]](argv[1:])
+
+
+def _list(argv: list[str]) -> int:
+    parser = Parser("models list", "The models by name.")
+    add_json(parser)
+    arguments = parser.parse(argv)
+    rows = []
+    for spec in SPECS.values():
+        folder = _here(spec.name)
+        rows.append(
+            {
+                "name": spec.name,
+                "repo": spec.repo,
+                "folder": str(folder) if folder else None,
+                "licence": spec.licence,
+                "description": spec.description,
+            }
+        )
+    if arguments.json:
+        console.show({"models": rows})
+        return 0
+    for row in rows:
+        place = "here" if row["folder"] else "not here"
+        print(f"{row['name']:<13} {place:<9} {row['licence']:<5} {row['description']}")
+        if row["repo"]:
+            print(f"{'':<13} {row['repo']}")
+    return 0
+
+
+def _info(argv: list[str]) -> int:
+    parser = Parser("models info", "A model's sizes, defaults and licence.")
+    parser.add_argument("model", metavar="NAME_OR_FOLDER")
+    parser.add_argument("--variant", choices=("full", "dev"))
+    parser.add_argument("--tensors", action="store_true", help="every tensor's name and shape")
+    add_json(parser)
+    arguments = parser.parse(argv)
+    spec, folder, config = _described(arguments.model, arguments.variant)
+
+    from hidream.models.o1.weights import shapes_of
+
+    shapes = shapes_of(config)
+    if arguments.tensors:
+        if arguments.json:
+            console.show_compact({"tensors": shapes})
+        else:
+            for name, shape in shapes.items():
+                print(f"{name}  {list(shape)}")
+        return 0
+    found: dict[str, Any] = {
+        "name": spec.name,
+        "repo": spec.repo,
+        "folder": str(folder) if folder else None,
+        "family": spec.family,
+        "variant": spec.variant,
+        "licence": spec.licence,
+        "description": spec.description,
+        "num_params": sum(_product(shape) for shape in shapes.values()),
+        "num_tensors": len(shapes),
+        "config": asdict(config),
+        "defaults": asdict(spec.defaults),
+        "defaults_by_task": {task: asdict(d) for task, d in spec.defaults_by_task.items()},
+    }
+    if arguments.json:
+        console.show(found)
+        return 0
+    for name, value in found.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, inner in value.items():
+                print(f"  {key:<20} {inner}")
+        elif value not in (None, ""):
+            print(f"{name:<22} {value}")
+    return 0
+
+
+def _verify(argv: list[str]) -> int:
+    parser = Parser("models verify", "Check a model's headers, names, shapes and values.")
+    parser.add_argument("model", metavar="NAME_OR_FOLDER")
+    add_json(parser)
+    arguments = parser.parse(argv)
+    _, path = locate(arguments.model)
+
+    from safetensors import safe_open
+
+    from hidream.models.o1.tokens import Tokenizer
+    from hidream.models.o1.weights import verify_folder
+
+    folder = verify_folder(path)
+    Tokenizer(path)
+    files = sorted({info.file for info in folder.tensors.values()})
+    num_bytes = 0
+    for number, file in enumerate(files, 1):
+        console.say(f"reading {file.name} ({number}/{len(files)})")
+        num_bytes += file.stat().st_size
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - no mapping
+                if not shard.get_tensor(name).isfinite().all():
+                    raise ModelError(
+                        f"{name} in {file} holds values that are not finite.",
+                        "The file is damaged, or the training run that wrote it diverged.",
+                    )
+    found = {
+        "folder": str(path),
+        "ok": True,
+        "num_files": len(files),
+        "num_tensors": len(folder.tensors),
+        "num_params": folder.num_params,
+        "bytes": num_bytes,
+    }
+    if arguments.json:
+        console.show(found)
+    else:
+        print(
+            f"{path} is whole: {len(folder.tensors)} tensors, {folder.num_params} values, "
+            f"{console.size(num_bytes)}."
+        )
+    return 0
+
+
+def _pull(argv: list[str]) -> int:
+    parser = Parser("models pull", "Download a model; what is here already is not fetched again.")
+    parser.add_argument("model", metavar="NAME_OR_HUB_ID")
+    parser.add_argument("--to", metavar="DIR", help="a folder of its own, not the hub's cache")
+    add_json(parser)
+    arguments = parser.parse(argv)
+    if "/" in arguments.model:
+        repo: str | None = arguments.model
+    else:
+        repo = find(arguments.model).repo
+    if repo is None:
+        path = locate(arguments.model)[1]
+        console.say(f"{arguments.model} ships with hidream; there is nothing to download.")
+    else:
+        console.say(f"downloading {repo}")
+        path = fetch(repo, folder=Path(arguments.to).expanduser() if arguments.to else None)
+    if arguments.json:
+        console.show({"model": arguments.model, "folder": str(path)})
+    else:
+        print(path)
+    return 0
+
+
+def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Config]:
+    """Spec, folder and configuration; for a published model that is not here, its named size."""
+    from hidream.models.o1.config import SIZES, O1Config
+
+    if model in SIZES and model not in SPECS:
+        size = SIZES[model]
+        return find("o1"), None, size
+    try:
+        spec, path = locate(model, variant=variant)
+    except ModelError:
+        known = [s for s in SPECS.values() if model.lower() in (s.name, (s.repo or "").lower())]
+        if not known:
+            raise
+        return known[0], None, SIZES.get(known[0].name, SIZES["o1-8b"])
+    return spec, path, O1Config.from_dict(*read_config(path))
+
+
+def _here(name: str) -> Path | None:
+    try:
+        return locate(name)[1]
+    except ModelError:
+        return None
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result

@@ -1,0 +1,31 @@
+"""`hidream train`: a recipe becomes a model."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from hidream.cli.arguments import Parser
+
+EXAMPLES = """\
+hidream train recipes/o1_nano.toml
+hidream train recipes/o1_nano.toml --resume
+hidream train recipes/o1_nano.toml out=runs/try seed=3"""
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser(
+        "train",
+        "Train a model by a recipe. Ctrl-C ends the step and saves a checkpoint.",
+        usage="hidream train RECIPE.toml [--resume] [key=value ...]",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("recipe", metavar="RECIPE.toml")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="over the recipe's own")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    arguments = parser.parse(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+
+    from hidream.train import run as train
+
+    return train(arguments.recipe, arguments.changes, arguments.resume)
