@@ -1,0 +1,174 @@
+"""Exact resume: everything a run needs to go on, in safetensors and JSON, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hidream.errors import ModelError
+
+FORMAT = 1
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands. Randomness has no state: it is a function of (seed, sample index)."""
+
+    step: int  # steps done; the next step's number
+    samples: int  # drawn before that step, over all processes
+    seconds: float  # spent so far, over all sessions
+    recipe: dict[str, Any]
+
+
+def save(
+    run_dir: Path,
+    progress: Progress,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+) -> Path:
+    """Write `run_dir/checkpoints/step-N`, point `latest` at it, keep the newest `keep`.
+
+    A crash at any moment leaves the checkpoint before it whole and current.
+    """
+    root = run_dir / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"step-{progress.step:08d}"
+    draft = root / f".{folder.name}.{os.getpid()}"
+    draft.mkdir()
+    try:
+        save_file(_on_cpu(model.state_dict()), draft / FILES[0])
+        save_file(_on_cpu(ema.state_dict()), draft / FILES[1])
+        save_file(_on_cpu(optimizer_tensors(model, optimizer)), draft / FILES[2])
+        (draft / FILES[3]).write_text(json.dumps({"format": FORMAT, **vars(progress)}, indent=1))
+        for name in FILES:
+            _sync(draft / name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    pointer = root / ".latest"
+    pointer.write_text(folder.name)
+    _sync(pointer)
+    pointer.rename(root / "latest")
+    _sync(root)
+    for old in sorted(root.glob("step-*"))[:-keep] if keep > 0 else []:
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def latest(run_dir: Path) -> Path:
+    """The current checkpoint's folder; ModelError where there is none."""
+    pointer = run_dir / "checkpoints" / "latest"
+    try:
+        return pointer.parent / pointer.read_text().strip()
+    except OSError as error:
+        raise ModelError(
+            f"{run_dir} holds no checkpoint to resume from.", "Start the run without --resume."
+        ) from error
+
+
+def load(
+    folder: Path,
+    model: nn.Module,
+    ema: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Progress:
+    """Fill model, moving average and optimizer in place; ModelError for anything amiss."""
+    progress = read_progress(folder)
+    _fill(model, folder / FILES[0])
+    if ema is not None:
+        _fill(ema, folder / FILES[1])
+    if optimizer is not None:
+        restore_optimizer(model, optimizer, _read(folder / FILES[2]), folder)
+    return progress
+
+
+def load_ema(folder: Path, model: nn.Module) -> Progress:
+    """Fill `model` with the checkpoint's averaged weights."""
+    _fill(model, folder / FILES[1])
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """The checkpoint's state.json."""
+    try:
+        state = json.loads((folder / FILES[3]).read_text())
+        number = state.pop("format")
+        progress = Progress(**state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(folder, f"state.json: {error}") from error
+    if number != FORMAT:
+        raise _broken(folder, f"format {number}, this version reads {FORMAT}")
+    return progress
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`PARAMETER/exp_avg` and so on, for every parameter that has had a step."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], folder: Path
+) -> None:
+    """The inverse of `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for label, value in tensors.items():
+        name, _, key = label.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
+            raise _broken(folder, f"optimizer state {label} does not fit the model")
+        optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _fill(module: nn.Module, file: Path) -> None:
+    tensors, own = _read(file), module.state_dict()
+    different = sorted(tensors.keys() ^ own.keys())
+    different += [n for n in tensors.keys() & own.keys() if tensors[n].shape != own[n].shape]
+    if different:
+        raise _broken(file.parent, f"{file.name} and the model differ in {different[:3]}")
+    module.load_state_dict(tensors)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise _broken(file.parent, f"{file.name}: {error}") from error
+
+
+def _broken(folder: Path, problem: str) -> ModelError:
+    return ModelError(
+        f"checkpoint {folder} is broken ({problem}).",
+        "Write the name of an older step folder beside it into `latest`, or start anew.",
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,282 @@
+"""The recipe of a training run: one TOML file becomes one frozen dataclass, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hidream.errors import InputError, UsageError
+
+TASKS = ("text_to_image", "edit", "subject", "language", "understanding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One resolution of the progressive run.
+
+    `size` is the side of the square picture in pixels; `batch_size` counts the samples of one step
+    over all processes. The rate climbs over the first `warmup` steps from where the stage before
+    ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
+    """
+
+    size: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    tasks: dict[str, float]
+    warmup: int = 0
+    decay: int = 0
+    final_rate: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised, and how the noise level is drawn. `t = 1 - sigma` (1 is data).
+
+    t = sigmoid(t_mean + t_std * n) with n standard normal, stratified over the step's batch.
+    `delta` bounds the weight 1/sigma^2 from above; `lm_weight` scales the cross-entropy of answers
+    and `caption_weight` that of the captions inside picture samples.
+    """
+
+    noise_scale: float = 1.0
+    t_mean: float = -0.8
+    t_std: float = 0.8
+    delta: float = 0.05
+    caption_dropout: float = 0.1
+    reference_dropout: float = 0.02
+    lm_weight: float = 0.1
+    caption_weight: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW, clipping and the moving average of the weights."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """How long the words of a task's samples may be, in tokens, rising.
+
+    All samples of a step lie between the same two lengths, and are padded to the longer: little is
+    wasted and shapes stay few. Longer samples are not cut: others are drawn, and that is logged.
+    """
+
+    text_to_image: tuple[int, ...] = (64,)
+    edit: tuple[int, ...] = (64,)
+    subject: tuple[int, ...] = (64,)
+    language: tuple[int, ...] = (64,)
+    understanding: tuple[int, ...] = (64,)
+
+    def of(self, task: str) -> tuple[int, ...]:
+        """The lengths of `task`."""
+        lengths: tuple[int, ...] = getattr(self, task)
+        return lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run: two runs of one recipe on one machine are bit-identical.
+
+    `model` names an instance in `hidream.models.o1.config`; `tokenizer` and `init` (the weights to
+    start from, none for a fresh start) are folders. Intervals are in steps, 0 for never.
+    """
+
+    name: str
+    model: str
+    stages: tuple[Stage, ...]
+    tokenizer: str = ""
+    init: str = ""
+    out: str = ""
+    seed: int = 0
+    processes: int = 1
+    device: str = "cpu"
+    precision: str = "bfloat16"
+    compile: bool = False
+    objective: Objective = field(default_factory=Objective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    buckets: Buckets = field(default_factory=Buckets)
+    log_every: int = 20
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    grid_every: int = 2000
+    prefetch: int = 2
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run writes: `out`, or `runs/NAME`."""
+        return Path(self.out) if self.out else Path("runs") / self.name
+
+    @property
+    def num_steps(self) -> int:
+        """Steps over all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(stage number, step inside it) of the run's step `step`, which counts from 0."""
+        for number, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return number, step
+            step -= stage.steps
+        raise UsageError(f"the recipe has {self.num_steps} steps; there is no step after them.")
+
+    def first_sample(self, step: int) -> int:
+        """Global index of the first sample of `step`: the number of samples drawn before it."""
+        total = 0
+        for stage in self.stages:
+            total += min(step, stage.steps) * stage.batch_size
+            step -= min(step, stage.steps)
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a TOML or JSON file holds them."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the TOML file `path`, with `key=value` overrides (dotted: `stages.0.steps=10`).
+
+    Raises InputError for a file that cannot be read, UsageError for keys or values it does not
+    know, naming the nearest key.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"recipe {path} cannot be read: {error.strerror}.", "Give the path of a TOML file."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not TOML: {error}.") from error
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data)
+
+
+def parse_recipe(data: dict[str, Any]) -> Recipe:
+    """A checked recipe from plain values; raises UsageError naming the key that is wrong."""
+    recipe = _build(Recipe, data, "")
+    _check(recipe)
+    return recipe
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"override {override!r} is not key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = key.split(".")
+    node: Any = data
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_position(part, node, key)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+    if isinstance(node, list):
+        node[_position(last, node, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UsageError(f"override {key}: {parents[-1]!r} has no keys inside it.")
+
+
+def _position(part: str, items: list[Any], key: str) -> int:
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    raise UsageError(f"override {key}: {part!r} must be a number from 0 to {len(items) - 1}.")
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    """A dataclass from a table, every key known and every value of its field's type."""
+    if not isinstance(data, dict):
+        raise UsageError(f"{where or 'the recipe'} must be a table, not {data!r}.")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+            raise UsageError(f'unknown key "{_join(where, key)}"; did you mean "{near}"?')
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING
+        if required and item.default_factory is dataclasses.MISSING and item.name not in data:
+            raise UsageError(f'the recipe lacks "{_join(where, item.name)}".')
+    return cls(**{key: _value(hints[key], data[key], _join(where, key)) for key in data})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is Ellipsis:
+            return tuple(_value(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
+        if len(value) == len(arguments):
+            return tuple(_value(h, v, where) for h, v in zip(arguments, value, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {k: _value(arguments[1], v, _join(where, k)) for k, v in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint in (str, int, bool) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise UsageError(f"{where} = {value!r} is not a {name}.")
+
+
+def _check(recipe: Recipe) -> None:
+    def require(holds: bool, problem: str) -> None:
+        if not holds:
+            raise UsageError(problem)
+
+    for task in TASKS:
+        lengths = recipe.buckets.of(task)
+        require(
+            len(lengths) > 0 and list(lengths) == sorted(set(lengths)) and lengths[0] > 0,
+            f"buckets.{task} = {list(lengths)} must be rising positive numbers.",
+        )
+    require(len(recipe.stages) > 0, "the recipe has no [[stages]].")
+    require(recipe.processes >= 1, f"processes = {recipe.processes} must be at least 1.")
+    require(
+        recipe.precision in ("bfloat16", "float32"),
+        f'precision = "{recipe.precision}" must be "bfloat16" or "float32".',
+    )
+    require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
+    require(
+        recipe.processes == 1 or recipe.device == "cpu",
+        f'processes = {recipe.processes} needs device = "cpu".',
+    )
+    for number, stage in enumerate(recipe.stages):
+        where = f"stages.{number}"
+        require(stage.steps >= 1, f"{where}.steps = {stage.steps} must be at least 1.")
+        require(stage.size >= 1, f"{where}.size = {stage.size} must be positive.")
+        require(
+            stage.batch_size >= 1 and stage.batch_size % recipe.processes == 0,
+            f"{where}.batch_size = {stage.batch_size} must be a positive multiple of "
+            f"processes = {recipe.processes}.",
+        )
+        require(stage.learning_rate > 0, f"{where}.learning_rate must be positive.")
+        require(
+            min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
+            f"{where}: warmup + decay must fit into its {stage.steps} steps.",
+        )
+        for task, weight in stage.tasks.items():
+            if task not in TASKS:
+                near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
+                raise UsageError(f'unknown task "{where}.tasks.{task}"; did you mean "{near}"?')
+            require(weight >= 0, f"{where}.tasks.{task} = {weight} must not be negative.")
+        require(sum(stage.tasks.values()) > 0, f"{where}.tasks names no task with a weight.")
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

@@ -1,0 +1,96 @@
+"""Several one-thread processes on one machine, joined by one all-reduce a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place: `rank` of `size`. Size 1 needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def start_sum(self, value: float) -> "PendingSum":
+        """Begin to sum `value` over all processes; `.wait()` gives the result."""
+        tensor = torch.tensor(value, dtype=torch.float64)
+        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+        return PendingSum(tensor, work, self.size)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all processes."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace every gradient by its mean over the processes: one flat fp32 all-reduce.
+
+        A parameter without a gradient keeps none; all processes run the same task in a step, so
+        they agree on which those are.
+        """
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        pieces = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(
+            gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)]
+        )
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@dataclass(frozen=True)
+class PendingSum:
+    """A sum over the processes that is under way."""
+
+    tensor: Tensor
+    work: dist.Work | None
+    num_processes: int = 1
+
+    def wait(self) -> float:
+        """The finished sum."""
+        if self.work is not None:
+            self.work.wait()
+        return float(self.tensor)
+
+
+def join(rank: int, size: int, store: str) -> World:
+    """Join the group of `size` processes that meet in the file `store` (a path that is fresh)."""
+    if size > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this machine
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=30),
+        )
+    return World(rank=rank, size=size)
+
+
+def leave(world: World) -> None:
+    """End this process's part in the group."""
+    if world.size > 1:
+        dist.destroy_process_group()

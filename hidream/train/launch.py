@@ -1,0 +1,132 @@
+"""`run`: start a recipe's processes, pass signals on to them, report how they ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from hidream.errors import HidreamError, UsageError
+from hidream.train.config import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+
+TCMALLOC_PLACES = (
+    "/usr/lib/*/libtcmalloc_minimal.so.4",
+    "/usr/lib/libtcmalloc_minimal.so.4",
+    "/usr/lib64/libtcmalloc_minimal.so.4",
+)
+
+
+def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> int:
+    """Train the recipe to its end and export the model. 0 when done, 130 when interrupted.
+
+    `resume` continues from the run's latest checkpoint; without it, a run folder that already
+    holds checkpoints is refused. SIGINT and SIGTERM end the step, save a checkpoint, and return
+    130. Raises UsageError, InputError, or HidreamError for a process that failed.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    started = (recipe.run_dir / "checkpoints" / "latest").exists()
+    if started and not resume:
+        raise UsageError(
+            f"{recipe.run_dir} already holds a run.",
+            "Continue it with --resume, or give another folder with out=FOLDER.",
+        )
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    (recipe.run_dir / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1))
+    with tempfile.TemporaryDirectory(prefix="hidream-train-") as meeting:
+        children = [
+            subprocess.Popen(
+                worker_command(recipe, rank, Path(meeting) / "store", resume),
+                env=worker_environment(recipe),
+                start_new_session=True,  # Ctrl-C reaches us alone; we pass it on, once
+            )
+            for rank in range(recipe.processes)
+        ]
+        return _wait(children)
+
+
+def worker_command(recipe: Recipe, rank: int, store: Path, resume: bool) -> list[str]:
+    """The command line of process `rank`."""
+    command = [sys.executable, "-m", "hidream.train.worker", str(recipe.run_dir / "recipe.json")]
+    command += ["--rank", str(rank), "--store", str(store)]
+    return command + (["--resume"] if resume else [])
+
+
+def worker_environment(recipe: Recipe) -> dict[str, str]:
+    """This process's environment with what makes small CPU training fast.
+
+    Threads that wait must sleep, not spin (5 times faster on a busy machine), and tcmalloc, where
+    it is installed, saves up to a quarter of the time. Both must be set before a process starts.
+    """
+    environment = dict(os.environ)
+    if recipe.device != "cpu":
+        return environment
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    preloaded = environment.get("LD_PRELOAD", "")
+    found = find_tcmalloc()
+    if found and "malloc" not in preloaded:
+        environment["LD_PRELOAD"] = f"{found} {preloaded}".strip()
+    if "malloc" not in environment.get("LD_PRELOAD", ""):
+        logger.info("tcmalloc is not installed: training runs, up to a quarter slower.")
+    return environment
+
+
+def find_tcmalloc() -> str | None:
+    """Path of the tcmalloc library, if this machine has it (Debian: libtcmalloc-minimal4)."""
+    for pattern in TCMALLOC_PLACES:
+        found = sorted(Path("/").glob(pattern.lstrip("/")))
+        if found:
+            return str(found[0])
+    return None
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    restore: list[Callable[[], object]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.signal(number, pass_on)
+        restore.append(lambda number=number, before=before: signal.signal(number, before))
+    try:
+        codes: list[int] = []
+        while len(codes) < len(children):
+            codes = [code for child in children if (code := _poll(child)) is not None]
+            if any(code not in (0, INTERRUPTED) for code in codes):
+                break  # the others would wait for it for ever
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+                child.wait(timeout=60)
+        for undo in restore:
+            undo()
+    worst = max(codes, key=lambda code: (code not in (0, INTERRUPTED), code))
+    if worst not in (0, INTERRUPTED):
+        error = HidreamError(
+            f"a training process ended with exit code {worst}.", "Its own message is above."
+        )
+        if 0 < worst <= 5:
+            error.exit_code = worst
+        raise error
+    return worst
+
+
+def _poll(child: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return child.wait(timeout=0.1)
+    except subprocess.TimeoutExpired:
+        return None

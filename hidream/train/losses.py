@@ -1,0 +1,61 @@
+"""The training objective: flow matching through a prediction of the clean picture, plus text."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a text position that carries no language-modelling loss."""
+
+
+def noisy(
+    x0: Float[Tensor, "b n p"],
+    noise: Float[Tensor, "b n p"],
+    sigma: Float[Tensor, "b"],
+    noise_scale: float,
+) -> Float[Tensor, "b n p"]:
+    """x_t = (1 - sigma) x0 + sigma * noise_scale * noise, with one sigma in [0, 1] a sample."""
+    level = sigma[:, None, None]
+    return (1 - level) * x0 + level * noise_scale * noise
+
+
+def velocity_weight(sigma: Float[Tensor, "b"], delta: float) -> Float[Tensor, "b"]:
+    """w = 1 / max(sigma, delta)^2, which turns an x0 error into a velocity error.
+
+    With v = (x_t - x0) / max(sigma, delta) for target and prediction alike, the difference of the
+    velocities is (x0_predicted - x0) / max(sigma, delta), whatever the noise scale: x_t cancels.
+    """
+    return sigma.clamp(min=delta).pow(-2)
+
+
+def picture_loss(
+    predicted: Float[Tensor, "b n p"],
+    x0: Float[Tensor, "b n p"],
+    sigma: Float[Tensor, "b"],
+    delta: float,
+) -> Float[Tensor, ""]:
+    """Mean over samples, target patches and values of w (x0_predicted - x0)^2, in fp32.
+
+    Equals the mean squared error of the velocity for sigma >= delta. References have no part in it.
+    """
+    error = (predicted.float() - x0.float()).square().mean(dim=(1, 2))  # (b,)
+    return (velocity_weight(sigma.float(), delta) * error).mean()
+
+
+def text_loss(
+    logits: Float[Tensor, "b a v"],
+    labels: Int[Tensor, "b a"],
+    num_labels: Float[Tensor, ""] | float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy in nats per label: the sum over positions with a label, over `num_labels`.
+
+    `num_labels` is the count over *all* processes divided by their number, so that the mean of the
+    processes' gradients is the gradient of the mean over every label of the step.
+    """
+    total = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / torch.clamp(torch.as_tensor(num_labels, device=total.device), min=1e-6)

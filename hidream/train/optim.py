@@ -1,0 +1,76 @@
+"""What happens after the backward pass: clipping, learning rate, AdamW, moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hidream.train.config import Optimizer, Stage
+
+
+def build_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: norms, biases and embedding tables are left alone."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        matrix = parameter.ndim >= 2 and id(parameter) not in tables
+        (decayed if matrix else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+
+
+def learning_rate(stages: Sequence[Stage], step: int) -> float:
+    """The rate of the run's step `step` (from 0): ramp, hold, linear fall, stage after stage.
+
+    A ramp starts from the rate at which the stage before ended (0 in the first stage) and reaches
+    the stage's rate with its last step, so the very first step already moves.
+    """
+    start = 0.0
+    for stage in stages:
+        if step >= stage.steps:
+            step -= stage.steps
+            start = stage.final_rate if stage.decay else stage.learning_rate
+            continue
+        if step < stage.warmup:
+            return start + (stage.learning_rate - start) * (step + 1) / stage.warmup
+        left = stage.steps - step  # 1 in the last step
+        if left <= stage.decay:
+            return stage.final_rate + (stage.learning_rate - stage.final_rate) * left / stage.decay
+        return stage.learning_rate
+    return start
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scale gradients down to norm `limit` if they exceed it (0: never). Returns their norm."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if limit > 0:
+        scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, scale)
+    return norm
+
+
+def ema_decay(limit: float, step: int) -> float:
+    """Decay of the moving average at `step` (from 0): min(limit, (1 + step) / (10 + step)).
+
+    The short memory at the start forgets the random initialisation.
+    """
+    return min(limit, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema: list[Tensor], weights: list[Tensor], decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * weights, in place and in fp32."""
+    torch._foreach_lerp_(ema, weights, 1.0 - decay)
