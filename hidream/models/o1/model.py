@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +54,7 @@ class Prefix:
 
     keys: tuple[tuple[Tensor, ...], ...]
     values: tuple[tuple[Tensor, ...], ...]
-    references: tuple[Float[Tensor, "r d"], ...]
+    references: tuple[Float[Tensor, "_ d"], ...]
     ropes: tuple[Rope, ...]
 
     def __len__(self) -> int:
@@ -93,7 +94,9 @@ class O1(nn.Module):
         """The whole sequence with a dense mask. Without `x_t`, text alone: logits, no picture."""
         uit, num_text = self.model, batch.input_ids.shape[1]
         hidden, deepstack = self._embed_text(batch)
-        if x_t is not None and sigma is not None:
+        if x_t is not None:
+            if sigma is None:
+                raise ValueError("x_t needs its sigma")
             generated = [uit.t_embedder1(1 - sigma)[:, None], uit.x_embedder(x_t)]
             if batch.references.shape[1]:
                 generated.append(uit.x_embedder(batch.references))
@@ -103,11 +106,9 @@ class O1(nn.Module):
         length = hidden.shape[1]
         mask = batch.attention_mask()[:, :length, :length]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, mask=mask, backend=self.attention_backend)
-
+        read = partial(attention, mask=mask, backend=self.attention_backend)
         rope = uit.language_model.rope(batch.position_ids[..., :length])
-        hidden = uit.language_model(hidden, rope, attend, deepstack)
+        hidden = uit.language_model(hidden, rope, lambda layer: read, deepstack)
         x0 = None
         if x_t is not None:
             first = num_text + 1  # the timestep token stands before the target
@@ -126,22 +127,22 @@ class O1(nn.Module):
         keys: list[tuple[Tensor, ...]] = []
         values: list[tuple[Tensor, ...]] = []
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows = [t.split(lengths) for t in (q, k, v)]
             keys.append(rows[1])
             values.append(rows[2])
-            read = (
+            out = (
                 attention(*(t[None] for t in row), causal=True, backend=backend)
                 for row in zip(*rows, strict=True)
             )
-            return torch.cat([out[0] for out in read])
+            return torch.cat([row[0] for row in out])
 
         positions = [
             r.position_ids.split([n, r.num_generated], dim=1)
             for n, r in zip(lengths, requests, strict=True)
         ]
         rope = uit.language_model.rope(torch.cat([causal for causal, _ in positions], dim=1))
-        uit.language_model(hidden, rope, attend, deepstack)
+        uit.language_model(hidden, rope, lambda layer: partial(read, layer), deepstack)
         return Prefix(
             keys=tuple(keys),
             values=tuple(values),
@@ -160,19 +161,20 @@ class O1(nn.Module):
         rows = [torch.cat([time, targets[i], prefix.references[i]]) for i in range(b)]
         lengths = [len(row) for row in rows]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = []
             for i, (q_i, k_i, v_i) in enumerate(
                 zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
             ):
                 keys = torch.cat([prefix.keys[layer][i], k_i])
                 values = torch.cat([prefix.values[layer][i], v_i])
-                read = attention(q_i[None], keys[None], values[None], backend=backend)
-                out.append(read[0])
+                row = attention(q_i[None], keys[None], values[None], backend=backend)
+                out.append(row[0])
             return torch.cat(out)
 
         cos, sin = zip(*prefix.ropes, strict=True)
-        hidden = uit.language_model(torch.cat(rows), (torch.cat(cos), torch.cat(sin)), attend)
+        rope = (torch.cat(cos), torch.cat(sin))
+        hidden = uit.language_model(torch.cat(rows), rope, lambda layer: partial(read, layer))
         targets = torch.stack([row[1 : 1 + n] for row in hidden.split(lengths)])
         return uit.final_layer2(targets).float()
 

@@ -1,0 +1,423 @@
+"""O1's network: prefix and step equal the whole sequence, rows read whom they may, nobody else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hidream.models.o1.batch import collate
+from hidream.models.o1.config import O1_8B, O1_NANO, O1_PRO, O1_TINY
+from hidream.models.o1.model import O1, Prefix
+from hidream.models.o1.tokens import encode
+from tests import tiny
+
+SIGMA = torch.tensor(0.625)
+CLOSE = 2e-5  # of the largest value: fp32 rounding through four layers
+
+
+@pytest.fixture(scope="module")
+def make(tokenizer):
+    """A request's tokens: prompt, number of references, size."""
+
+    def tokens(
+        prompt="a red cube", num_references=0, width=64, height=48, layout=(), pictures=None
+    ):
+        references = tiny.pictures(num_references) if pictures is None else pictures
+        return encode(
+            tokenizer,
+            O1_TINY,
+            prompt,
+            width=width,
+            height=height,
+            references=references,
+            layout=layout,
+        )
+
+    return tokens
+
+
+def noise(tokens, count=1, seed=0):
+    size = (count, tokens.num_target, O1_TINY.patch_dim)
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(*requests, labels=None):
+    """A batch without padding where the requests are of one length."""
+    return collate(
+        requests,
+        num_text=max(len(t.input_ids) for t in requests),
+        num_references=max(len(t.references) for t in requests),
+        labels=labels,
+    )
+
+
+def whole(model, batch, x_t, sigma=SIGMA):
+    return model(batch, x_t, sigma.expand(len(x_t)))
+
+
+def assert_close(ours, theirs, tolerance=CLOSE):
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < tolerance
+
+
+def differ(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max()) > 1e-3
+
+
+# -- a prefix and a step are the whole sequence ----------------------------------------------------
+
+
+@pytest.mark.parametrize("num_references", [0, 1, 2, 3, 5, 9, 11])
+def test_prefix_and_step_equal_the_whole_sequence(tiny_model, make, num_references):
+    tokens = make(num_references=num_references)
+    x_t = noise(tokens)
+    step = tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens]))
+    assert_close(step, whole(tiny_model, exact(tokens), x_t).x0)
+
+
+def test_a_reference_of_one_token(tiny_model, make):
+    tokens = make(num_references=9, width=32, height=32, pictures=[tiny.picture(1, 50, 50)] * 9)
+    assert len(tokens.references) == 9  # one patch each
+    assert len(tokens.image_grids) == 9
+    assert int(tokens.image_slots.sum()) == 9  # and one vision token each
+    x_t = noise(tokens)
+    step = tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens]))
+    assert_close(step, whole(tiny_model, exact(tokens), x_t).x0)
+    other = make(num_references=9, width=32, height=32, pictures=[tiny.picture(2, 50, 50)] * 9)
+    assert differ(tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([other])), step)
+
+
+def test_with_a_layout(tiny_model, make):
+    tokens = make(num_references=2, layout=[(0.1, 0.5, 0.1, 0.9), (0.5, 0.9, 0.2, 0.6)])
+    x_t = noise(tokens)
+    step = tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens]))
+    assert_close(step, whole(tiny_model, exact(tokens), x_t).x0)
+
+
+def test_requests_of_any_lengths_are_one_batch(tiny_model, make):
+    """Different prompts, prefix lengths and numbers of references: each result is its own."""
+    requests = [
+        make("a"),
+        make("the red cube left of the blue sphere, in the rain", 3),
+        make("make it red", 1),
+        make("a red sphere, “tall”, 红色", 0),
+    ]
+    x_t = noise(requests[0], count=4)
+    prefix = tiny_model.prefill(requests)
+    assert len(prefix) == 4
+    together = tiny_model.predict_x0(x_t, SIGMA, prefix)
+    for i, tokens in enumerate(requests):
+        alone = tiny_model.predict_x0(x_t[i : i + 1], SIGMA, tiny_model.prefill([tokens]))
+        assert_close(together[i : i + 1], alone)
+        assert_close(together[i : i + 1], whole(tiny_model, exact(tokens), x_t[i : i + 1]).x0)
+
+
+def test_take_selects_orders_and_repeats(tiny_model, make):
+    requests = [make("a", 1), make("the blue sphere", 2), make("red")]
+    prefix = tiny_model.prefill(requests)
+    rows = [2, 0, 0, 1]
+    taken = prefix.take(rows)
+    x_t = noise(requests[0], count=4)
+    together = tiny_model.predict_x0(x_t, SIGMA, taken)
+    for i, row in enumerate(rows):
+        alone = tiny_model.predict_x0(x_t[i : i + 1], SIGMA, tiny_model.prefill([requests[row]]))
+        assert_close(together[i : i + 1], alone)
+    assert taken.keys[0][1] is taken.keys[0][2]  # a repeated row is not copied
+
+
+def test_prefix_holds_the_causal_tokens_alone(tiny_model, make):
+    requests = [make("a"), make("the red cube", 2)]
+    prefix = tiny_model.prefill(requests)
+    assert isinstance(prefix, Prefix)
+    assert len(prefix.keys) == len(prefix.values) == O1_TINY.text.num_layers
+    for row, tokens in enumerate(requests):
+        shape = (len(tokens.input_ids), O1_TINY.text.num_kv_heads, O1_TINY.text.head_dim)
+        assert all(layer[row].shape == shape for layer in (*prefix.keys, *prefix.values))
+        assert len(prefix.ropes[row][0]) == tokens.num_generated
+        assert len(prefix.references[row]) == len(tokens.references)
+
+
+# -- who reads whom --------------------------------------------------------------------------------
+
+
+def test_text_depends_on_no_later_token_and_on_no_noise(tiny_model, make):
+    """To the bit: what the prefix holds cannot change while a picture is made."""
+    tokens = make("a red cube", 2)
+    batch, x_t = exact(tokens), noise(tokens)
+    logits = whole(tiny_model, batch, x_t).logits
+
+    for other in (
+        whole(tiny_model, batch, noise(tokens, seed=1)).logits,
+        whole(tiny_model, batch, x_t, torch.tensor(0.1)).logits,
+        whole(tiny_model, replace(batch, references=-batch.references), x_t).logits,
+    ):
+        assert torch.equal(other, logits)
+    assert_close(tiny_model(batch).logits, logits)  # text alone
+
+    place = len(tokens.input_ids) - 4
+    changed = batch.input_ids.clone()
+    changed[0, place] = 65
+    later = whole(tiny_model, replace(batch, input_ids=changed), x_t).logits
+    assert torch.equal(later[:, :place], logits[:, :place])
+    assert differ(later[:, place:], logits[:, place:])
+
+
+def test_generated_rows_read_everything(tiny_model, make):
+    tokens = make("a red cube", 1)
+    x_t = noise(tokens)
+    x0 = tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens]))
+
+    def changed(tokens=tokens, x_t=x_t, sigma=SIGMA):
+        return tiny_model.predict_x0(x_t, sigma, tiny_model.prefill([tokens]))
+
+    first_word, last = (tokens.input_ids.clone() for _ in range(2))
+    first_word[1] = 65
+    last[-1] = 65
+    assert differ(changed(replace(tokens, input_ids=first_word)), x0)
+    assert differ(changed(replace(tokens, input_ids=last)), x0)
+    assert differ(changed(replace(tokens, pixel_values=-tokens.pixel_values)), x0)
+    references = tokens.references.clone()
+    references[-1] = 0.5
+    assert differ(changed(replace(tokens, references=references)), x0)
+    assert differ(changed(sigma=torch.tensor(0.6)), x0)
+    for patch, reader in ((0, -1), (-1, 0)):
+        other = x_t.clone()
+        other[:, patch] = 0
+        assert differ(changed(x_t=other)[:, reader], x0[:, reader])
+
+
+def test_references_read_the_target(tiny_model, make):
+    """They are generated rows too: their answers change with the noise, layer by layer."""
+    tokens = make("a red cube", 1)
+    seen = []
+    hook = tiny_model.model.language_model.register_forward_hook(
+        lambda module, inputs, output: seen.append(output[0, -len(tokens.references) :])
+    )
+    for seed in (0, 1):
+        whole(tiny_model, exact(tokens), noise(tokens, seed=seed))
+    hook.remove()
+    assert differ(seen[0], seen[1])
+
+
+def test_positions_count(tiny_model, make):
+    """The same patches in a grid turned on its side are another picture."""
+    wide, tall = make(width=64, height=32), make(width=32, height=64)
+    x_t = noise(wide)
+    assert x_t.shape == noise(tall).shape
+    one, other = (
+        tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens])) for tokens in (wide, tall)
+    )
+    assert differ(one, other)
+
+
+# -- the vision tower's tokens ---------------------------------------------------------------------
+
+
+def test_vision_tokens_take_the_placeholders(tiny_model, make):
+    """Also where some requests of the batch have pictures and others have none."""
+    requests = [make("red"), make("the cube", 2), make("a", 1)]
+    hidden, deepstack = tiny_model._place_images(
+        tiny_model.model.language_model.embed_tokens(torch.cat([t.input_ids for t in requests])),
+        requests,
+    )
+    assert len(deepstack) == len(O1_TINY.vision.deepstack_layers)
+    start = 0
+    for tokens in requests:
+        end = start + len(tokens.input_ids)
+        slots = tokens.image_slots
+        embedded = tiny_model.model.language_model.embed_tokens(tokens.input_ids)
+        assert torch.equal(hidden[start:end][~slots], embedded[~slots])
+        for stack in deepstack:
+            assert not stack[start:end][~slots].any()
+        if tokens.image_grids:
+            seen = tiny_model.model.visual(tokens.pixel_values, list(tokens.image_grids))
+            assert_close(hidden[start:end][slots], seen.tokens)
+            for stack, expected in zip(deepstack, seen.deepstack, strict=True):
+                assert_close(stack[start:end][slots], expected)
+        start = end
+
+
+def test_each_picture_reads_only_itself(tiny_model, make):
+    tokens = make("a", pictures=[tiny.picture(0), tiny.picture(1, 30, 60), tiny.picture(2, 90, 20)])
+    sizes = [rows * columns for rows, columns in tokens.image_grids]
+    merged = O1_TINY.vision.merge_size**2
+    together = tiny_model.model.visual(tokens.pixel_values, list(tokens.image_grids))
+    parts = together.tokens.split([size // merged for size in sizes])
+    stacks = [d.split([size // merged for size in sizes]) for d in together.deepstack]
+    assert len(set(sizes)) > 1
+    for i, pixels in enumerate(tokens.pixel_values.split(sizes)):
+        alone = tiny_model.model.visual(pixels, [tokens.image_grids[i]])
+        assert_close(parts[i], alone.tokens)
+        for stack, expected in zip(stacks, alone.deepstack, strict=True):
+            assert_close(stack[i], expected)
+
+
+def test_equal_pictures_are_one_batch(tiny_model, make):
+    tokens = make("a", 3, pictures=[tiny.picture(i) for i in range(3)])
+    assert len(set(tokens.image_grids)) == 1
+    size = len(tokens.pixel_values) // 3
+    together = tiny_model.model.visual(tokens.pixel_values, list(tokens.image_grids)).tokens
+    for i, part in enumerate(together.chunk(3)):
+        pixels = tokens.pixel_values[i * size : (i + 1) * size]
+        assert_close(part, tiny_model.model.visual(pixels, [tokens.image_grids[i]]).tokens)
+
+
+def test_deepstack_is_added_after_the_first_blocks(tiny_model, make):
+    """What leaves block i and what enters block i + 1 differ by deepstack[i], and only there."""
+    tokens = make("a", 1)
+    decoder = tiny_model.model.language_model
+    entered, left = {}, {}
+    hooks = []
+    for i, layer in enumerate(decoder.layers):
+        hooks.append(layer.register_forward_pre_hook(lambda m, a, i=i: entered.update({i: a[0]})))
+        hooks.append(layer.register_forward_hook(lambda m, a, out, i=i: left.update({i: out})))
+    tiny_model.prefill([tokens])
+    for hook in hooks:
+        hook.remove()
+    seen = tiny_model.model.visual(tokens.pixel_values, list(tokens.image_grids))
+    slots = tokens.image_slots
+    for i in range(len(decoder.layers) - 1):
+        added = entered[i + 1] - left[i]
+        assert not added[~slots].any()
+        if i < len(seen.deepstack):
+            assert_close(added[slots], seen.deepstack[i], 1e-4)
+        else:
+            assert not added.any()
+
+
+# -- batches for training --------------------------------------------------------------------------
+
+
+def test_padding_changes_nothing(tiny_model, make):
+    requests = [make("a"), make("the red cube of the sphere", 2), make("make it blue", 1)]
+    x_t = noise(requests[0], count=3)
+    sigma = torch.tensor([0.9, 0.5, 0.1])
+    num_text = max(len(t.input_ids) for t in requests)
+    num_references = max(len(t.references) for t in requests)
+    found = [
+        tiny_model(
+            collate(requests, num_text=num_text + more, num_references=num_references + more),
+            x_t,
+            sigma,
+        )
+        for more in (0, 7)
+    ]
+    for i, tokens in enumerate(requests):
+        alone = tiny_model(exact(tokens), x_t[i : i + 1], sigma[i : i + 1])
+        length = len(tokens.input_ids)
+        for prediction in found:
+            assert_close(prediction.x0[i : i + 1], alone.x0)
+            assert_close(prediction.logits[i : i + 1, :length], alone.logits)
+            assert prediction.logits.isfinite().all()
+
+
+def test_every_parameter_learns(tokenizer, make):
+    """From pictures and text together; from pictures alone all but lm_head."""
+    for losses, without in (("both", set()), ("picture", {"lm_head.weight"})):
+        model = tiny.random_o1().requires_grad_(True)
+        tokens = make("the red cube", 2)
+        batch = exact(tokens, labels=[tokens.caption])
+        prediction = whole(model, batch, noise(tokens))
+        loss = prediction.x0.square().mean()
+        if losses == "both":
+            loss = loss + torch.nn.functional.cross_entropy(
+                prediction.logits.flatten(0, 1), batch.labels.flatten()
+            )
+        loss.backward()
+        idle = {
+            name
+            for name, weight in model.named_parameters()
+            if weight.grad is None or not weight.grad.any()
+        }
+        assert idle == without
+
+
+def test_fresh_weights():
+    """The same from the same generator; a zero picture at first; every layer in a sane range."""
+    models = []
+    for seed in (0, 0, 1):
+        model = O1(O1_TINY)
+        model.init_weights(torch.Generator().manual_seed(seed))
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not torch.equal(models[0]["lm_head.weight"], models[2]["lm_head.weight"])
+    assert not models[0]["model.final_layer2.linear.weight"].any()
+    for name, weight in models[0].items():
+        assert weight.isfinite().all(), name
+        assert weight.abs().max() < 5, name
+        if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+            assert torch.equal(weight, torch.ones_like(weight)), name
+
+
+def test_backends_agree(tiny_model, make):
+    other = O1(O1_TINY, attention_backend="math")
+    other.load_state_dict(tiny_model.state_dict())
+    other.requires_grad_(False)
+    tokens = make("a red cube", 2)
+    x_t = noise(tokens)
+    for mode in (
+        lambda model: whole(model, exact(tokens), x_t).x0,
+        lambda model: model.predict_x0(x_t, SIGMA, model.prefill([tokens])),
+    ):
+        assert_close(mode(other), mode(tiny_model))
+
+
+# -- the door: sigma, velocity, dtypes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sigma", "seen"), [(0.987, 0.987), (0.9869999, 0.987), (0.98749, 0.987), (1.0, 1.0)]
+)
+def test_velocity_shows_the_network_whole_thousandths(tiny_model, make, sigma, seen):
+    tokens = make()
+    prefix, x_t = tiny_model.prefill([tokens]), noise(tokens)
+    velocity = tiny_model.velocity(x_t, torch.tensor(sigma), prefix)
+    x0 = tiny_model.predict_x0(x_t, torch.tensor(seen), prefix)
+    torch.testing.assert_close(velocity, (x_t - x0) / seen)
+
+
+@pytest.mark.parametrize("sigma", [0.0009, 0.0])
+def test_velocity_near_data_is_finite(tiny_model, make, sigma):
+    tokens = make()
+    prefix, x_t = tiny_model.prefill([tokens]), noise(tokens)
+    velocity = tiny_model.velocity(x_t, torch.tensor(sigma), prefix)
+    x0 = tiny_model.predict_x0(x_t, torch.tensor(0.0), prefix)
+    torch.testing.assert_close(velocity, (x_t - x0) / 1e-3)
+
+
+def test_half_precision(tiny_model, make):
+    """bf16 weights, fp32 outside: answers are fp32 and near those of fp32."""
+    half = O1(O1_TINY).to(torch.bfloat16).requires_grad_(False)
+    half.load_state_dict(tiny_model.state_dict())
+    tokens = make("a red cube", 1)
+    x_t = noise(tokens)
+    ours, exactly = (m.velocity(x_t, SIGMA, m.prefill([tokens])) for m in (half, tiny_model))
+    assert ours.dtype == torch.float32
+    assert 1e-4 < float((ours - exactly).abs().mean() / exactly.abs().mean()) < 0.05
+
+
+def test_time_needs_its_picture(tiny_model, make):
+    tokens = make()
+    with pytest.raises(ValueError, match="sigma"):
+        tiny_model(exact(tokens), noise(tokens))
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def num_params(config):
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in O1(config).parameters())
+
+
+def test_sizes():
+    """Built on meta: nothing of it is in memory."""
+    assert num_params(O1_8B) == 8_804_887_792
+    assert num_params(O1_PRO) > 200e9
+    assert num_params(O1_NANO) * 2 <= 64e6  # what ships, in bf16
+
+
+def test_tied_embeddings_are_one_tensor():
+    model = O1(replace(O1_TINY, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert O1(replace(O1_TINY, has_lm_head=False)).lm_head is None
