@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from hidream.models.o1.config import TextConfig
 from hidream.nn.rope import Rope, interleaved_mrope, rotate
 
-# attend(layer, q, k, v) -> the values read. Training, the prefix and a denoising step differ in
+# attend(layer)(q, k, v) -> the values read. Training, the prefix and a denoising step differ in
 # nothing but this function.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Read = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int], Read]
 
 
 class Decoder(nn.Module):
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "*b l d"]:
         """`deepstack[i]`, zero except at vision tokens, is added after block i."""
         for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, rope, partial(attend, i))
+            hidden = layer(hidden, rope, attend(i))
             if i < len(deepstack):
                 hidden = hidden + deepstack[i]
         return self.norm(hidden)
@@ -62,8 +62,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rope: Rope, attend: Callable) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, attend)
+    def forward(self, hidden: Tensor, rope: Rope, read: Read) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, read)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -81,13 +81,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rope: Rope, attend: Callable) -> Tensor:
+    def forward(self, hidden: Tensor, rope: Rope, read: Read) -> Tensor:
         q, k, v = (
             rearrange(projection(hidden), "... (h d) -> ... h d", d=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        return self.o_proj(rearrange(attend(q, k, v), "... h d -> ... (h d)"))
+        return self.o_proj(rearrange(read(q, k, v), "... h d -> ... (h d)"))
 
 
 class SwiGLU(nn.Module):

@@ -83,15 +83,12 @@ class Tokenizer:
         self.folder = folder
         try:
             self._text = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-            self._template = (folder / "chat_template.jinja").read_text()
+            self._template = _read_template(folder)
         except Exception as error:  # the tokenizers library raises plain Exception
-            template = _template_in_config(folder)
-            if not (folder / "tokenizer.json").is_file() or template is None:
-                raise ModelError(
-                    f"{folder} has no readable tokenizer.json with a chat template ({error}).",
-                    "Use a folder in the published layout.",
-                ) from error
-            self._template = template
+            raise ModelError(
+                f"{folder} has no readable tokenizer.json with a chat template ({error}).",
+                "Use a folder in the published layout.",
+            ) from error
         missing = [t for t in SPECIAL_TOKENS if self._text.token_to_id(t) is None]
         if missing:
             raise ModelError(
@@ -157,13 +154,16 @@ class Tokenizer:
 _CAPTION = "\ue000caption\ue000"  # stands for the prompt while the template is rendered
 
 
-def _template_in_config(folder: Path) -> str | None:
+def _read_template(folder: Path) -> str:
+    """The chat template: a file of its own or, in older folders, an entry of a JSON file."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            template = json.loads((folder / name).read_text()).get("chat_template")
-            if isinstance(template, str):
-                return template
-    return None
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(content.get("chat_template"), str):
+                return content["chat_template"]
+    raise FileNotFoundError("no chat_template.jinja")
 
 
 def encode(
