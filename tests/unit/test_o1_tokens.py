@@ -1,0 +1,347 @@
+"""Requests as tokens: ids as in the whole rendered chat, positions, patches, padded batches."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer as FastTokenizer
+
+from hidream.errors import ModelError
+from hidream.models.o1.batch import IGNORE, collate
+from hidream.models.o1.config import O1_TINY
+from hidream.models.o1.patches import patchify, to_picture, to_tensor, unpatchify, vision_patches
+from hidream.models.o1.tokens import (
+    FIRST_TARGET_POSITION,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    encode,
+    patch_positions,
+    text_positions,
+)
+from tests import tiny
+
+PROMPTS = [
+    "a red cube",
+    "A RED cube, 3 of them; “quoted” and 'quoted' and \"QUOTED\"",
+    "一只红色的猫坐在蓝色的桌子上，写着“你好”",
+    "🦊 and 👩‍👩‍👧 in the café, naïve",
+    "cafe\u0301, decomposed",
+    "  leading and trailing  ",
+    " ",
+    "user\nassistant" + " line " * 40,
+    "<|im_start, |>, <think>, <|unknown|>",
+    "\ue000caption\ue000",
+    "{{ messages }} {% if 1 %}",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder):
+    """The file's tokenizer as the library reads it: special tokens in text count as such."""
+    return FastTokenizer.from_file(str(tiny_folder / "tokenizer.json"))
+
+
+def rendered(prompt, num_images=0):
+    images = "<|vision_start|><|image_pad|><|vision_end|>" * num_images
+    return f"<|im_start|>user\n{images}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_ids_equal_those_of_the_whole_chat(tokenizer, plain, prompt):
+    ids, _ = tokenizer.chat(prompt)
+    assert ids == plain.encode(rendered(prompt), add_special_tokens=False).ids
+    with_images, _ = tokenizer.chat(prompt, [1, 1])
+    assert with_images == plain.encode(rendered(prompt, 2), add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("lengths", [(), (2, 5)])
+def test_the_caption_is_found_again(tokenizer, prompt, lengths):
+    ids, span = tokenizer.chat(prompt, lengths)
+    text = tokenizer.decode(ids[span])
+    assert text == tokenizer._text.normalizer.normalize_str(prompt)
+
+
+@pytest.mark.parametrize("special", SPECIAL_TOKENS)
+def test_special_tokens_in_a_prompt_stay_text(tokenizer, special):
+    prompt = f"a {special}{special} red cube {special}"
+    ids, span = tokenizer.chat(prompt, [3])
+    template_ids, _ = tokenizer.chat("a", [3])
+    numbers = set(tokenizer.special.values())
+    assert [i for i in ids if i in numbers] == [i for i in template_ids if i in numbers]
+    assert not numbers & set(ids[span])
+    assert tokenizer.decode(ids[span]) == prompt
+    tokens = encode(tokenizer, O1_TINY, prompt, width=32, height=32)
+    assert not tokens.image_slots.any()
+
+
+def test_special_tokens_that_their_file_calls_ordinary(tmp_path, tokenizer):
+    """Were they so, a prompt could still not speak them."""
+    tiny.write_tokenizer(tmp_path)
+    content = tiny.read_json(tmp_path / "tokenizer.json")
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    prompt = "a <|image_pad|> and a <|tms_token|>"
+    assert Tokenizer(tmp_path).chat(prompt) == tokenizer.chat(prompt)
+
+
+def test_pictures_become_placeholders(tokenizer):
+    ids, _ = tokenizer.chat("red", [2, 3])
+    pad, start, end = (
+        tokenizer.special[f"<|{name}|>"] for name in ("image_pad", "vision_start", "vision_end")
+    )
+    first = ids.index(start)
+    assert ids[first : first + 9] == [start, pad, pad, end, start, pad, pad, pad, end]
+    assert ids.count(pad) == 5
+
+
+def test_tokens_end_with_the_picture_to_come(tokenizer):
+    tokens = encode(tokenizer, O1_TINY, "red", width=48, height=32)
+    assert tokens.input_ids[-1] == tokenizer.special["<|boi_token|>"]
+    assert tokens.grid == (2, 3)  # rows, columns
+    assert tokens.num_target == 6
+    assert tokens.num_generated == 7  # and the timestep
+    assert tokens.position_ids.shape == (3, len(tokens.input_ids) + 7)
+    assert tokens.references.shape == (0, O1_TINY.patch_dim)
+    assert tokens.pixel_values.shape == (0, O1_TINY.vision.patch_dim)
+
+
+def test_templates_in_their_other_places(tmp_path, tokenizer):
+    """Older folders keep the template in a JSON file."""
+    tiny.write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"chat_template": tiny.TEMPLATE}))
+        assert Tokenizer(tmp_path).chat("a cube", [1]) == tokenizer.chat("a cube", [1])
+        (tmp_path / name).write_text("{}")
+
+
+def refused(folder):
+    with pytest.raises(ModelError) as caught:
+        Tokenizer(folder)
+    assert caught.value.exit_code == 4
+    assert str(folder) in str(caught.value)
+    assert caught.value.remedy
+    return str(caught.value)
+
+
+def test_broken_tokenizers_are_refused(tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    good = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(good[:500])
+    assert "tokenizer.json" in refused(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tiny.TEMPLATE}))
+    assert "tokenizer.json" in refused(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(good)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    (tmp_path / "chat_template.jinja").unlink()
+    assert "template" in refused(tmp_path)
+
+
+def test_qwens_own_tokenizer_is_refused(tmp_path):
+    """It lacks O1's five tokens."""
+    tiny.write_tokenizer(tmp_path, SPECIAL_TOKENS[:7])
+    said = refused(tmp_path)
+    assert "<|boi_token|>" in said
+    assert "<|tms_token|>" in said
+    assert "<|im_start|>" not in said
+
+
+# -- positions -------------------------------------------------------------------------------------
+
+
+def test_text_counts_up_on_all_axes():
+    found = text_positions(torch.zeros(4, dtype=torch.bool), [], num_after=2)
+    assert torch.equal(found, torch.arange(6).expand(3, -1))
+
+
+def test_pictures_spread_over_rows_and_columns():
+    """a a [2×3 picture] a [1×1 picture] [2×1 picture] and one after."""
+    slots = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1]).bool()
+    found = text_positions(slots, [(2, 3), (1, 1), (2, 1)], num_after=1)
+    assert found.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7, 7, 9],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7, 8, 9],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 7, 9],
+    ]
+
+
+def test_grids_follow_one_another():
+    found = patch_positions([(2, 3), (1, 1), (1, 2)])
+    p = FIRST_TARGET_POSITION
+    assert p == 4096
+    assert found.tolist() == [
+        [p] * 6 + [p + 3] + [p + 4] * 2,
+        [p, p, p, p + 1, p + 1, p + 1, p + 3, p + 4, p + 4],
+        [p, p + 1, p + 2, p, p + 1, p + 2, p + 3, p + 4, p + 5],
+    ]
+
+
+def test_positions_of_a_request(tokenizer):
+    tokens = encode(
+        tokenizer, O1_TINY, "the cube", width=48, height=32, references=tiny.pictures(3)
+    )
+    a = len(tokens.input_ids)
+    merged = [tuple(n // O1_TINY.vision.merge_size for n in grid) for grid in tokens.image_grids]
+    expected = text_positions(tokens.image_slots, merged, num_after=1)
+    assert torch.equal(tokens.position_ids[:, : a + 1], expected)
+    target = tokens.position_ids[:, a + 1 : a + 7]
+    assert target[0].unique().tolist() == [4096]
+    assert target[1].tolist() == [4096] * 3 + [4097] * 3
+    assert target[2].tolist() == [4096, 4097, 4098] * 2
+    rest = tokens.position_ids[:, a + 7 :]
+    assert rest.shape[1] == len(tokens.references)
+    assert rest.min() == 4099
+    longer = encode(tokenizer, O1_TINY, "the cube " * 9, width=48, height=32)
+    assert torch.equal(longer.position_ids[:, -6:], target)  # whatever the prompt's length
+
+
+# -- patches ---------------------------------------------------------------------------------------
+
+
+def test_patches_are_rows_first_and_channels_first():
+    pixels = torch.arange(3 * 4 * 6).reshape(3, 4, 6).float()
+    patches = patchify(pixels, 2)
+    assert patches.shape == (6, 12)
+    assert torch.equal(patches[1], pixels[:, 0:2, 2:4].flatten())
+    assert torch.equal(patches[3], pixels[:, 2:4, 0:2].flatten())
+    assert torch.equal(unpatchify(patches, (2, 3), 2), pixels)
+    batch = torch.stack([pixels, -pixels])
+    assert torch.equal(patchify(batch, 2)[1], -patches)
+    assert torch.equal(unpatchify(patchify(batch, 2), (2, 3), 2), batch)
+
+
+def test_every_level_survives():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    picture = Image.fromarray(levels)
+    values = to_tensor(picture)
+    assert (values.min(), values.max()) == (-1, 1)
+    assert values.shape == (3, 16, 16)
+    assert tiny.levels(to_picture(values), picture) == 0
+
+
+def test_pictures_are_rounded_and_clipped():
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.001, 1.0, 9.0]).expand(3, 1, 6)
+    assert np.array(to_picture(values))[0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
+    assert np.array(to_picture(torch.tensor([[[-0.001]]] * 3)))[0, 0, 0] == 127
+
+
+def test_vision_patches_stand_in_merge_order():
+    """Four patches of a token together, left to right and down; each frame doubled in time."""
+    picture = tiny.picture(0, 96, 64)
+    patches = vision_patches(picture, 16, 2, 2)
+    assert patches.shape == (24, O1_TINY.vision.patch_dim)
+    pixels = to_tensor(picture)
+    places = []
+    for row in range(0, 4, 2):
+        for column in range(0, 6, 2):
+            places += [(row + i, column + j) for i in range(2) for j in range(2)]
+    for patch, (row, column) in zip(patches, places, strict=True):
+        expected = pixels[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+        both = patch.view(3, 2, 16, 16)
+        assert torch.equal(both[:, 0], both[:, 1])
+        torch.testing.assert_close(both[:, 0], expected, atol=1e-6, rtol=0)
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def requests(tokenizer):
+    return [
+        encode(tokenizer, O1_TINY, prompt, width=32, height=32, references=tiny.pictures(count))
+        for prompt, count in (("the red cube", 2), ("a", 0), ("make it red", 1))
+    ]
+
+
+def test_batches_are_padded_in_two_places(requests):
+    num_text = max(len(t.input_ids) for t in requests) + 3
+    num_references = max(len(t.references) for t in requests) + 2
+    batch = collate(requests, num_text=num_text, num_references=num_references)
+    assert batch.position_ids.shape == (3, 3, num_text + 1 + 4 + num_references)
+    for i, tokens in enumerate(requests):
+        a, r = len(tokens.input_ids), len(tokens.references)
+        assert torch.equal(batch.input_ids[i, :a], tokens.input_ids)
+        assert batch.text_mask[i].tolist() == [j < a for j in range(num_text)]
+        assert batch.reference_mask[i].tolist() == [j < r for j in range(num_references)]
+        assert torch.equal(batch.references[i, :r], tokens.references)
+        assert torch.equal(batch.position_ids[:, i, :a], tokens.position_ids[:, :a])
+        generated = batch.position_ids[:, i, num_text : num_text + 5 + r]
+        assert torch.equal(generated, tokens.position_ids[:, a:])
+    pads = batch.input_ids.flatten()[batch.image_slots]
+    assert len(pads) == sum(int(t.image_slots.sum()) for t in requests)
+    assert len(pads.unique()) == 1
+    assert batch.pixel_values is not None
+    assert len(batch.pixel_values) == sum(rows * columns for rows, columns in batch.image_grids)
+
+
+def test_who_may_read_whom(requests):
+    """The mask, entry by entry: text reads earlier text; the rest reads all that is no padding."""
+    num_text, num_references = 60, 20
+    batch = collate(requests, num_text=num_text, num_references=num_references)
+    mask = batch.attention_mask()
+    length = num_text + 1 + 4 + num_references
+    assert mask.shape == (3, length, length)
+    for i, tokens in enumerate(requests):
+        a, r = len(tokens.input_ids), len(tokens.references)
+        there = [j < a or num_text <= j < num_text + 5 + r for j in range(length)]
+        for query in range(length):
+            expected = [there[key] and (query >= num_text or key <= query) for key in range(length)]
+            assert mask[i, query].tolist() == expected
+
+
+def test_labels_are_the_next_tokens(requests):
+    batch = collate(requests, num_text=60, num_references=20, labels=[t.caption for t in requests])
+    for i, tokens in enumerate(requests):
+        said = range(60)[tokens.caption]
+        for place in range(60):
+            label = batch.labels[i, place].item()
+            if place + 1 in said:
+                assert label == tokens.input_ids[place + 1]
+            else:
+                assert label == IGNORE
+    unlabelled = collate(requests, num_text=60, num_references=20)
+    assert (unlabelled.labels == IGNORE).all()
+
+
+def test_nothing_foretells_the_first_token(requests):
+    whole = [slice(0, len(t.input_ids)) for t in requests]
+    batch = collate(requests, num_text=60, num_references=20, labels=whole)
+    for i, tokens in enumerate(requests):
+        a = len(tokens.input_ids)
+        assert torch.equal(batch.labels[i, : a - 1], tokens.input_ids[1:])
+        assert (batch.labels[i, a - 1 :] == IGNORE).all()
+
+
+def test_what_does_not_fit_is_refused(requests, tokenizer):
+    a, r = len(requests[0].input_ids), len(requests[0].references)
+    collate(requests[:1], num_text=a, num_references=r)
+    for sizes in (
+        {"num_text": a - 1, "num_references": r},
+        {"num_text": a, "num_references": r - 1},
+    ):
+        with pytest.raises(ValueError, match=f"{a} text, 4 target and {r} reference tokens"):
+            collate(requests[:1], **sizes)
+    wide = encode(tokenizer, O1_TINY, "a", width=64, height=32)
+    with pytest.raises(ValueError, match="request 1 "):
+        collate([requests[1], wide], num_text=60)
+
+
+def test_moving_keeps_everything(requests):
+    tokens = requests[0]
+    moved = tokens.to("meta")
+    assert moved.input_ids.device.type == moved.references.device.type == "meta"
+    assert (moved.grid, moved.caption) == (tokens.grid, tokens.caption)
+    batch = collate(requests, num_text=60, num_references=20)
+    assert batch.to("meta").attention_mask().device.type == "meta"
+    alone = collate([replace(requests[1])], num_text=60)
+    assert alone.to("cpu").pixel_values is None
