@@ -104,7 +104,8 @@ def check_area(width: int, height: int) -> None:
     if width * height > MAX_AREA:
         raise UsageError(
             f"width={width} and height={height} make {width * height / 1e6:.1f} million pixels; "
-            f"the limit is {MAX_AREA / 1e6:.1f} million (4096x4096)."
+            f"the limit is {MAX_AREA / 1e6:.1f} million (4096x4096).",
+            "Choose a smaller size.",
         )
 
 
@@ -114,7 +115,9 @@ def check_side(name: str, value: Any) -> int | None:
         return None
     side = _whole(name, value)
     if not 1 <= side <= MAX_SIDE:
-        raise UsageError(f"{name}={side} is outside 1 … {MAX_SIDE} pixels.")
+        raise UsageError(
+            f"{name}={side} is outside 1 … {MAX_SIDE} pixels.", "Choose a size within the limits."
+        )
     return side
 
 
@@ -136,10 +139,12 @@ def check_in_range(name: str, value: Any) -> Any:
     else:
         number = float(value)
     if not math.isfinite(number):
-        raise UsageError(f"{name}={number} is not a finite number.")
+        raise UsageError(f"{name}={number} is not a finite number.", f"Choose one up to {high:g}.")
     if not low <= number <= high or (number == low and not low_allowed):
         bounds = f"{low:g} … {high:g}" if low_allowed else f"more than {low:g}, up to {high:g}"
-        raise UsageError(f"{name}={number:g} is out of range: {bounds}.")
+        raise UsageError(
+            f"{name}={number:g} is out of range: {bounds}.", "Choose a value in this range."
+        )
     return number
 
 
@@ -164,7 +169,9 @@ def check_sigmas(value: Any, steps: int | None) -> tuple[float, ...] | None:
         raise UsageError(f"sigmas has {len(sigmas)} values; the limits are 1 … 1000.")
     falling = all(a > b for a, b in pairwise(sigmas))
     if not falling or not 0 < sigmas[-1] <= sigmas[0] <= 1:
-        raise UsageError("sigmas must fall from at most 1 and stay above 0.")
+        raise UsageError(
+            "sigmas must fall from at most 1 and stay above 0.", "The final 0 is added by itself."
+        )
     if steps not in (None, len(sigmas)):
         raise UsageError(
             f"num_inference_steps={steps} but sigmas has {len(sigmas)} values.", "Leave one out."
@@ -190,7 +197,9 @@ def check_seed(value: Any, num_images: int | None) -> int | tuple[int, ...] | No
     seeds = tuple(_whole("seed", seed) for seed in (value if several else (value,)))
     for seed in seeds:
         if not -1 <= seed <= MAX_SEED:
-            raise UsageError(f"seed={seed} is outside 0 … 2⁶³−1 (−1 draws one).")
+            raise UsageError(
+                f"seed={seed} is outside 0 … 2⁶³−1.", "Choose one in this range; -1 draws one."
+            )
     if not several or len(seeds) == 1:
         if seeds[0] + (num_images or 1) - 1 > MAX_SEED:
             raise UsageError(f"seed={seeds[0]} and {num_images} pictures pass 2⁶³−1.")

@@ -208,6 +208,8 @@ def check_outputs(
                     pass
             elif folder.exists() and not folder.is_dir():
                 raise NotADirectoryError(20, "a part of the path is a file")
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             f"cannot write {paths[0]}: {error.strerror or error}.", "Choose another place with -o."

@@ -123,7 +123,7 @@ class GenerateRequest:
         put(self, "loras", tuple(self.loras or ()))
         for name, harmless in _NOT_YET.items():
             if getattr(self, name) not in harmless:
-                raise UsageError(f"{name} is not available for O1 yet.", f"Leave {name} out.")
+                raise UsageError(f"{name} is not available for O1 yet.", "Leave it out.")
 
     def _check_pictures(self, put: Callable[[Any, str, Any], None]) -> None:
         references = self.references
@@ -139,7 +139,8 @@ class GenerateRequest:
                 raise UsageError(f"reference {number} is neither a path nor a picture.")
         if len(references) > MAX_REFERENCES:
             raise UsageError(
-                f"{len(references)} references are given; the limit is {MAX_REFERENCES}."
+                f"{len(references)} references are given; the limit is {MAX_REFERENCES}.",
+                "Leave some out.",
             )
         put(self, "references", references)
         for name in ("mask", "init_image"):

@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (-\w/)?(-\S+?)(/--\S+)?: ", r"\2: ", message)
-        raise UsageError(message.rstrip(".") + ".", self._see())
+        end = "" if message.endswith(("?", ".")) else "."
+        raise UsageError(message + end, self._see())
 
     def _see(self) -> str:
         return f'See "{self.prog} --help".'

@@ -29,7 +29,7 @@ def estimate(
     """Bytes of memory at the peak, floating-point operations and seconds of a resolved request.
 
     The operations are those of the decoder's linear layers and attention; the time takes a speed
-    that a short matrix product of the model's own shape has on this machine. The model's load
+    that a short matrix product of about the model's shape has on this machine. The model's load
     time is not in it.
     """
     import torch
@@ -56,9 +56,7 @@ def estimate(
     kv_bytes = prefix * text.num_layers * 2 * text.num_kv_heads * text.head_dim
     activations = rows * (8 * text.hidden_size + 3 * text.intermediate_size)
     memory = width_bytes * (num_params + activations + kv_bytes * branches) + _RUNTIME_BYTES
-    speed = _flops_a_second(
-        min(rows, 4096), text.hidden_size, text.intermediate_size, place, half, torch
-    )
+    speed = _flops_a_second((rows, text.hidden_size, text.intermediate_size), place, half, torch)
     rounds = -(-num_images // batch_size)
     seconds = flops / speed + evaluations * rounds * text.num_layers * _SECONDS_A_LAYER
     return {
@@ -108,8 +106,9 @@ def _device(name: str) -> torch.device:
 
 
 def _flops_a_second(
-    rows: int, inner: int, columns: int, device: torch.device, half: bool, torch: Any
+    sides: tuple[int, int, int], device: torch.device, half: bool, torch: Any
 ) -> float:
+    rows, inner, columns = (min(side, 2048) for side in sides)
     dtype = torch.bfloat16 if half else torch.float32
     left = torch.ones(rows, inner, device=device, dtype=dtype)
     right = torch.ones(inner, columns, device=device, dtype=dtype)
@@ -121,7 +120,7 @@ def _flops_a_second(
 
     left @ right
     start, count = finished(), 0
-    while count < 3 or (finished() - start < 0.05 and count < 1000):
+    while count < 1 or (finished() - start < 0.05 and count < 1000):
         left @ right
         count += 1
     return 2.0 * rows * inner * columns * count / (finished() - start)

@@ -20,12 +20,13 @@ def run(argv: list[str]) -> int:
         usage="hidream train RECIPE.toml [--resume] [key=value ...]",
         epilog=EXAMPLES,
     )
-    parser.add_argument("recipe", metavar="RECIPE.toml")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="over the recipe's own")
+    parser.add_argument(
+        "words", nargs="+", metavar="RECIPE.toml", help="then key=value ..., over the recipe's own"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     arguments = parser.parse(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
 
     from hidream.train import run as train
 
-    return train(arguments.recipe, arguments.changes, arguments.resume)
+    return train(arguments.words[0], arguments.words[1:], arguments.resume)

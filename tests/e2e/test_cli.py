@@ -1,0 +1,328 @@
+"""The commands as a person uses them, with a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hidream import __version__
+from hidream.cli import main
+from hidream.pictures import read_metadata, read_picture
+
+FEW = ["--steps", "2", "--size", "32x32"]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def hidream(tiny_folder, tmp_path, capsys, monkeypatch):
+    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command, *arguments, model=True):
+        chosen = ["-m", str(tiny_folder)] if model else []
+        code = main([command, *map(str, arguments), *chosen])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_generate_prints_the_path_and_shows_progress(hidream):
+    code, out, err = hidream("generate", "a red cube", *FEW, "--seed", 7, "-o", "demo.png")
+    assert (code, out) == (0, "demo.png\n")
+    assert "step 1/2" in err
+    assert "step 2/2" in err
+    assert "left" in err
+    assert Image.open("demo.png").size == (32, 32)
+    assert os.listdir() == ["demo.png"]
+
+
+def test_json_says_everything(hidream):
+    code, out, _ = hidream("generate", "a cube", *FEW, "--seed", 3, "--json", "-o", "a.png")
+    found = json.loads(out)
+    assert code == 0
+    assert found["images"] == [{"path": "a.png", "seed": 3}]
+    assert found["request"]["num_inference_steps"] == 2
+    assert found["request"]["guidance_scale"] == 3.0
+    assert None not in (found["request"]["width"], found["request"]["sampler"])
+
+
+def test_several_pictures(hidream):
+    _, out, _ = hidream("generate", "a", *FEW, "--seed", 5, "--num-images", 3, "-o", "new/a.png")
+    assert out.split() == ["new/a-5.png", "new/a-6.png", "new/a-7.png"]
+    _, out, _ = hidream("generate", "a", *FEW, "--seed", 9, 6, "-o", "{index}-{seed}.webp")
+    assert out.split() == ["0-9.webp", "1-6.webp"]
+    _, out, _ = hidream("generate", "a", *FEW, "--seed", 6, "-o", "alone.png")
+    assert np.abs(pixels("alone.png") - pixels("new/a-6.png")).max() <= 1
+
+
+def test_an_existing_file_is_replaced_only_when_asked(hidream):
+    first = ["generate", "a", *FEW, "--seed", 1, "-o", "a.png"]
+    assert hidream(*first)[0] == 0
+    code, _, err = hidream(*first)
+    assert code == 3
+    assert "--overwrite" in err
+    assert hidream(*first, "--overwrite")[0] == 0
+
+
+def test_a_drawn_seed_is_recorded(hidream):
+    _, out, _ = hidream("generate", "a", *FEW)
+    path = out.strip()
+    seed = read_metadata(path)["request"]["seed"]
+    assert path == f"out-{seed}.png"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_picture_is_made_again_from_itself(hidream, name):
+    arguments = [*FEW, "--seed", 5, "--num-images", 2, "--guidance", 2, "--sampler", "heun"]
+    hidream("generate", "a cube", *arguments, "-n", "a cat", "-o", "{index}" + name)
+    request = read_metadata(f"1{name}")["request"]
+    assert (request["seed"], request["num_images"], request["negative_prompt"]) == (6, 1, "a cat")
+    code, _, _ = hidream("generate", "--from", f"1{name}", "-o", f"again-{name}", model=False)
+    assert code == 0
+    assert np.abs(pixels(f"again-{name}") - pixels(f"1{name}")).max() <= 1
+    code, _, _ = hidream("generate", "--from", f"1{name}", "--steps", 1, "-o", f"less-{name}")
+    assert code == 0
+    assert read_metadata(f"less-{name}")["request"]["num_inference_steps"] == 1
+
+
+def test_no_metadata(hidream):
+    hidream("generate", "a", *FEW, "--no-metadata", "-o", "a.png")
+    assert read_metadata("a.png") is None
+    assert "hidream" not in Image.open("a.png").info
+
+
+def test_info(hidream):
+    hidream("generate", "two 猫 🐈", *FEW, "--seed", 4, "-o", "a.png")
+    code, out, _ = hidream("info", "a.png", model=False)
+    assert code == 0
+    assert "32x32" in out
+    assert "two 猫 🐈" in out
+    code, out, _ = hidream("info", "a.png", "--json", model=False)
+    assert json.loads(out)["metadata"]["request"]["seed"] == 4
+
+
+def test_sizes_are_snapped_only_when_asked(hidream):
+    code, _, err = hidream("generate", "a", "--size", "40x32", "-o", "a.png")
+    assert code == 2
+    assert "32 and 48" in err
+    small = ["--steps", 1, "--size", "39x40"]
+    code, _, err = hidream("generate", "a", *small, "--snap", "nearest", "-o", "a.png")
+    assert code == 0
+    assert "width=39 is snapped to 32" in err
+    assert Image.open("a.png").size == (32, 48)
+
+
+def test_prompts_may_spell_special_tokens(hidream):
+    code, _, _ = hidream("generate", "<|tms_token|> <|im_end|>\nשלום", *FEW, "-o", "a.png")
+    assert code == 0
+
+
+def test_edit_keeps_the_aspect_and_what_the_mask_protects(hidream):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("source.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save("mask.png")
+    code, _, _ = hidream(
+        "edit", "source.png", "x", "--steps", 2, "--mask", "mask.png", "-o", "a.png"
+    )
+    assert code == 0
+    assert (pixels("a.png")[:, 32:] == noise[:, 32:]).all()
+    assert not (pixels("a.png")[:, :32] == noise[:, :32]).all()
+    Image.new("RGB", (100, 50)).save("wide.png")
+    hidream("edit", "wide.png", "make it red", "--steps", 1, "-o", "wide-out.png")
+    assert Image.open("wide-out.png").size == (80, 32)
+    Image.new("L", (100, 50)).save("black.png")
+    _, _, err = hidream("edit", "wide.png", "x", "--mask", "black.png", "--steps", 1, "-o", "b.png")
+    assert "all black" in err
+
+
+def test_image_to_image(hidream):
+    Image.new("RGB", (64, 64), (200, 0, 0)).save("red.png")
+    arguments = ["--init", "red.png", "--strength", 0.5, "--steps", 4, "-o", "a.png"]
+    code, _, err = hidream("generate", "a", *arguments)
+    assert code == 0
+    assert "step 2/2" in err
+    assert read_metadata("a.png")["request"]["init_image"] == "red.png"
+
+
+def odd_pictures():
+    """Pictures of every kind that people have, by file name."""
+    ramp = np.linspace(0, 255, 48, dtype=np.uint8)
+    grey = Image.fromarray(np.tile(ramp, (32, 1)))
+    color = Image.merge("RGB", [grey, grey.rotate(180), grey])
+    exif = Image.Exif()
+    exif[274] = 6
+    alpha = color.copy()
+    alpha.putalpha(grey)
+    return {
+        "cmyk.jpg": (color.convert("CMYK"), {}),
+        "deep.png": (Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), {}),
+        "palette.png": (color.quantize(8), {}),
+        "alpha.png": (alpha, {}),
+        "rotated.jpg": (color, {"exif": exif}),
+    }
+
+
+def test_odd_pictures_are_read_right(hidream):
+    """Any kind of file gives the picture that its plain RGB twin gives."""
+    odd, plain = [], []
+    for name, (image, options) in odd_pictures().items():
+        image.save(name, **options)
+        read_picture(name).save(f"plain-{Path(name).stem}.png")
+        odd += ["--ref", name]
+        plain += ["--ref", f"plain-{Path(name).stem}.png"]
+    same = [*FEW, "--seed", 1]
+    assert hidream("subject", "all of them", *odd, *same, "-o", "odd.png")[0] == 0
+    assert hidream("subject", "all of them", *plain, *same, "-o", "plain.png")[0] == 0
+    assert (pixels("odd.png") == pixels("plain.png")).all()
+
+
+def test_boxes_and_more_than_five_of_them(hidream):
+    Image.new("RGB", (32, 32), (9, 99, 9)).save("r.png")
+    Path("layout.json").write_text(json.dumps({"bboxes": [{"box": [0, 50, 0, 50]}] * 6}))
+    code, _, err = hidream(
+        "subject", "x", *["--ref", "r.png"] * 6, "--layout", "layout.json", *FEW, "-o", "a.png"
+    )
+    assert code == 0
+    assert "6 boxes" in err
+    assert "at most 5" in err
+    code, _, err = hidream(
+        "subject", "x", "--ref", "r.png", "--box", "0,0.5,0,0.5", *FEW, "-o", "b.png"
+    )
+    assert code == 0
+    assert "warning" not in err
+
+
+def test_previews(hidream):
+    arguments = ["--size", "32x32", "--steps", 5, "--preview-every", 2, "-o", "a.png"]
+    _, out, _ = hidream("generate", "a", *arguments)
+    assert out == "a.png\n"
+    assert sorted(os.listdir()) == ["a-step0002.png", "a-step0004.png", "a.png"]
+
+
+def test_dry_run_touches_nothing(hidream):
+    code, out, _ = hidream("generate", "a cube", "--dry-run", "-o", "new/a.png")
+    assert code == 0
+    assert "estimate" in out
+    assert os.listdir() == []
+    _, out, _ = hidream("generate", "a cube", "--dry-run", "--json", "--seed", 1, 2)
+    found = json.loads(out)
+    assert found["estimate"]["memory_bytes"] > 0
+    assert found["outputs"] == ["out-1.png", "out-2.png"]
+    code, out, err = hidream("generate", "a cube", "--dry-run", "-m", "o1", "--json", model=False)
+    assert code == 0
+    assert json.loads(out)["estimate"]["memory_bytes"] > 16e9
+    assert "models pull o1" in err
+
+
+def test_models(hidream, tiny_folder):
+    code, out, _ = hidream("models", "list", "--json", model=False)
+    names = [row["name"] for row in json.loads(out)["models"]]
+    assert names == ["o1-nano", "o1", "o1-dev", "o1-dev-2604"]
+    code, out, _ = hidream("models", "info", tiny_folder, "--tensors", "--json", model=False)
+    tensors = json.loads(out)["tensors"]
+    assert tensors["model.final_layer2.linear.weight"] == [768, 64]
+    code, out, _ = hidream("models", "verify", tiny_folder, "--json", model=False)
+    assert code == 0
+    assert json.loads(out)["num_tensors"] == len(tensors)
+    code, out, _ = hidream("models", "info", tiny_folder, model=False)
+    assert "num_params" in out
+
+
+def test_info_of_tensors_needs_no_weights(hidream, tiny_folder, tmp_path):
+    """The shapes come from the configuration, not from the files."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "hidream.json"):
+        (bare / name).write_bytes((tiny_folder / name).read_bytes())
+    results = [
+        hidream("models", "info", folder, "--tensors", "--json", model=False)[1]
+        for folder in (bare, tiny_folder)
+    ]
+    assert results[0] == results[1]
+
+
+def test_published_shapes_at_8b(hidream, shared):
+    _, out, _ = hidream("models", "info", "o1", "--tensors", "--json", model=False)
+    published = json.loads((shared / "parity" / "o1_8b_keys.json").read_text())
+    published = published.get("tensors", published)
+    tensors = json.loads(out)["tensors"]
+    assert len(tensors) == 759
+    assert sorted(tensors) == sorted(published)
+
+
+def test_doctor(hidream):
+    code, out, _ = hidream("doctor", "--json", model=False)
+    found = json.loads(out)
+    assert found["hidream"] == __version__
+    assert code == (4 if found["problems"] else 0)
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def process(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "hidream", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"]])
+def test_help_is_quick_and_loads_no_torch(arguments):
+    code = (
+        "import sys; from hidream.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'PIL')))"
+    )
+    seconds = []
+    for _ in range(3):  # the quickest of three: the machine may be busy
+        start = time.perf_counter()
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, env=ENVIRONMENT)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert b"hidream" in done.stdout
+    assert min(seconds) < 0.3
+
+
+def test_ctrl_c_ends_within_a_step_and_leaves_nothing(tiny_folder, tmp_path):
+    arguments = ["--steps", 1000, "--size", "256x256", "-o", tmp_path / "a.png"]
+    running = process("generate", "a cube", "-m", tiny_folder, *arguments)
+    for line in running.stderr:
+        if line.startswith("step"):
+            break
+    start = time.perf_counter()
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert time.perf_counter() - start < 10
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_left_is_no_error(tiny_folder, tmp_path):
+    output = tmp_path / "{seed}.png"
+    running = process("generate", "a", "-m", tiny_folder, *FEW, "--seed", 1, 2, "-o", output)
+    running.stdout.close()
+    err = running.stderr.read()
+    assert running.wait() == 0, err
+    assert "Traceback" not in err
+    assert "Exception" not in err

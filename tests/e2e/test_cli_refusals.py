@@ -1,0 +1,287 @@
+"""What the command line refuses: exit code, at most five lines that name the mistake, no torch.
+
+All refusals run in one fresh process, which reports whether torch was imported.
+"""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from hidream.cli import main
+
+RUNNER = """
+import contextlib, io, json, sys
+from hidream.cli import main
+results = []
+for argv in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    results.append([code, out.getvalue(), err.getvalue(), "torch" in sys.modules])
+json.dump(results, sys.stdout)
+"""
+
+FLAGS = [
+    # (arguments, exit code, what the message must hold)
+    (["xyzzy"], 2, ['"xyzzy"', "generate"]),
+    (["genrate", "x"], 2, ['did you mean "generate"']),
+    (["--verion"], 2, ['"--version"']),
+    (["generate"], 2, ["prompt"]),
+    (["generate", ""], 3, ["prompt is empty"]),
+    (["generate", "   "], 3, ["prompt is empty"]),
+    (["generate", "a\x1b[31mb"], 3, ["control character", "U+001B"]),
+    (["generate", "a\x00b"], 3, ["control character", "U+0000"]),
+    (["generate", "a\udcffb"], 3, ["surrogate"]),
+    (["generate", "x" * 32_001], 3, ["32001", "32000"]),
+    (["generate", "x", "y"], 2, ['"y"']),
+    (["generate", "x", "--stesp", "3"], 2, ['did you mean "--steps"']),
+    (["generate", "x", "--step", "3"], 2, ["--step", "--steps"]),
+    (["generate", "x", "--size", "0x0"], 2, ["width=0", "8192"]),
+    (["generate", "x", "--size", "-64x64"], 2, ["width=-64"]),
+    (["generate", "x", "--size", "64x-64"], 2, ["height=-64"]),
+    (["generate", "x", "--size", "1024x"], 2, ["1024x", "256x256"]),
+    (["generate", "x", "--size", "big"], 2, ["big", "256x256"]),
+    (["generate", "x", "--size", "99999x99999"], 2, ["99999", "8192"]),
+    (["generate", "x", "--size", "8000x8000"], 2, ["million pixels"]),
+    (["generate", "x", "--size", "100x128"], 2, ["width=100", "multiple of 16", "96 and 112"]),
+    (["generate", "x", "--size", "1000x1024", "-m", "o1"], 2, ["992 and 1024"]),
+    (["generate", "x", "--snap", "down"], 2, ["--snap"]),
+    (["generate", "x", "--steps", "0"], 2, ["num_inference_steps=0", "1 … 1000"]),
+    (["generate", "x", "--steps", "1001"], 2, ["1001", "1 … 1000"]),
+    (["generate", "x", "--steps", "-3"], 2, ["-3"]),
+    (["generate", "x", "--steps", "many"], 2, ["--steps", "many"]),
+    (["generate", "x", "--steps", "1e9"], 2, ["--steps", "1e9"]),
+    (["generate", "x", "--guidance", "nan"], 2, ["guidance_scale", "finite"]),
+    (["generate", "x", "--guidance", "inf"], 2, ["guidance_scale", "finite"]),
+    (["generate", "x", "--guidance", "-inf"], 2, ["guidance_scale", "finite"]),
+    (["generate", "x", "--guidance", "-1"], 2, ["guidance_scale=-1", "0 … 100"]),
+    (["generate", "x", "--guidance", "five"], 2, ["--guidance", "five"]),
+    (["generate", "x", "--shift", "0"], 2, ["shift=0"]),
+    (["generate", "x", "--sigmas", "0.3", "0.5"], 2, ["sigmas must fall"]),
+    (["generate", "x", "--sampler", "eular"], 2, ['unknown sampler "eular"', '"euler"']),
+    (["generate", "x", "-m", "o1-nona"], 2, ['unknown model "o1-nona"', '"o1-nano"']),
+    (["generate", "x", "-m", "HiDream-ai/HiDream-O1-Imag"], 2, ["HiDream-ai/HiDream-O1-Image"]),
+    (["generate", "x", "--seed", "-2"], 2, ["seed=-2"]),
+    (["generate", "x", "--seed", str(2**63)], 2, [str(2**63)]),
+    (["generate", "x", "--seed", "1.5"], 2, ["--seed", "1.5"]),
+    (["generate", "x", "--num-images", "0"], 2, ["num_images=0"]),
+    (["generate", "x", "--seed", "1", "2", "--num-images", "3"], 2, ["2 seeds", "num_images=3"]),
+    (["generate", "x", "--seed", "3", "3", "-o", "a-{seed}.png"], 2, ["one file", "{index}"]),
+    (["generate", "x", "-o", "a.gif"], 2, [".gif", ".png"]),
+    (["generate", "x", "--strength", "0.5"], 2, ["--init"]),
+    (["generate", "x", "--device", "tpu"], 2, ["tpu", "cpu"]),
+    (["generate", "x", "--dtype", "int8"], 2, ["int8", "bf16"]),
+    (["generate", "x", "--memory", "low"], 2, ["--memory low"]),
+    (["generate", "x", "--preview-every", "0"], 2, ["--preview-every 0"]),
+    (["generate", "x", "--lora", "a.safetensors", "0.5"], 2, ["loras", "not available"]),
+    (["generate", "x", "--shot", "close-up"], 2, ["shot", "not available"]),
+    (["generate", "x", "--refine-prompt", "auto"], 2, ["refine_prompt", "not available"]),
+    (["generate", "x", "--sparsity", "0.7"], 2, ["sparsity", "not available"]),
+    (["generate", "x", "--embed-inputs"], 2, ["--embed-inputs", "later version"]),
+    (["generate", "x", "--box", "0,1,0,1"], 3, ["1 boxes for 0 references"]),
+    (["generate", "x", "--mask", "m.png"], 2, ["mask", "0 references"]),
+    (["subject", "x"], 2, ["--ref"]),
+    (["edit", "a.png"], 2, ["INSTRUCTION"]),
+    (["models", "inf"], 2, ['"info"']),
+    (["models", "info", "o1-nona"], 2, ['"o1-nano"']),
+    (["train"], 2, ["RECIPE.toml"]),
+]
+
+
+def bomb(file, width, height):
+    """A PNG of a few bytes that announces many pixels."""
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for chunk in (header, b"IDAT" + zlib.compress(b"")):
+        parts += [struct.pack(">I", len(chunk) - 4), chunk, struct.pack(">I", zlib.crc32(chunk))]
+    file.write_bytes(b"".join(parts))
+
+
+def input_cases(tmp: Path) -> list:
+    """Refusals that need files, still without torch."""
+    good, mask = str(tmp / "good.png"), str(tmp / "mask.png")
+    Image.effect_noise((64, 48), 50).convert("RGB").save(good)
+    Image.new("L", (32, 48), 255).save(mask)
+    (tmp / "text.png").write_text("no picture")
+    cut = (tmp / "good.png").read_bytes()
+    (tmp / "cut.png").write_bytes(cut[: len(cut) // 2])
+    bomb(tmp / "bomb.png", 60_000, 60_000)
+    Image.new("RGB", (8, 8)).save(tmp / "old.gif")
+    Image.new("RGB", (1, 3000)).save(tmp / "thin.png")
+    (tmp / "boxes.json").write_text("{")
+    (tmp / "nan.json").write_text("[[0, NaN, 0, 1]]")
+    (tmp / "taken.png").write_bytes(b"")
+
+    def ref(name):
+        return ["subject", "x", "--ref", str(tmp / name)]
+
+    def box(text):
+        return [*ref("good.png"), "--box", text]
+
+    broken = tmp / "broken"
+    broken.mkdir()
+    model = ["generate", "x", "-m"]
+    return [
+        (ref("none.png"), 3, ["none.png", "does not exist"]),
+        (ref("text.png"), 3, ["text.png", "PNG, JPEG or WebP"]),
+        (ref("old.gif"), 3, ["old.gif", "PNG, JPEG or WebP"]),
+        (ref("cut.png"), 3, ["cut.png", "truncated"]),
+        (ref("bomb.png"), 3, ["bomb.png", "8192x8192"]),
+        (ref("thin.png"), 3, ["1x3000", "64"]),
+        (ref("."), 3, ["is not a file"]),
+        (["subject", "x", *["--ref", good] * 12], 2, ["12 references", "11"]),
+        (["edit", str(tmp / "none.png"), "x"], 3, ["does not exist"]),
+        (["edit", good, "x", "--mask", str(tmp / "none.png")], 3, ["mask", "does not exist"]),
+        (["edit", good, "x", "--mask", str(tmp / "text.png")], 3, ["mask", "PNG, JPEG or WebP"]),
+        (["edit", good, "x", "--mask", str(tmp / "cut.png")], 3, ["mask", "truncated"]),
+        (["edit", good, "x", "--mask", str(tmp / "bomb.png")], 3, ["mask", "8192x8192"]),
+        (["edit", good, "x", "--mask", mask], 3, ["32x48", "64x48"]),
+        (["generate", "x", "--init", str(tmp / "cut.png")], 3, ["initial picture", "truncated"]),
+        (box("0.9,0.1,0,1"), 3, ["inverted"]),
+        (box("0,1,0.9,0.1"), 3, ["inverted"]),
+        (box("0,nan,0,1"), 3, ["not finite"]),
+        (box("0,inf,0,1"), 3, ["not finite"]),
+        (box("0,150,0,50"), 3, ["outside"]),
+        (box("-0.2,0.5,0,1"), 3, ["outside"]),
+        (box("0.5,0.5,0,1"), 3, ["empty"]),
+        (box("0,1,0"), 3, ["four numbers"]),
+        (box("a,b,c,d"), 3, ["four numbers"]),
+        ([*box("0,1,0,1"), "--box", "0,1,0,1"], 3, ["2 boxes for 1 references"]),
+        ([*ref("good.png"), "--layout", str(tmp / "boxes.json")], 3, ["not JSON"]),
+        ([*ref("good.png"), "--layout", str(tmp / "none.json")], 3, ["none.json"]),
+        ([*ref("good.png"), "--layout", str(tmp / "nan.json")], 3, ["not finite"]),
+        ([*box("0,1,0,1"), "--layout", str(tmp / "nan.json")], 2, ["--box and --layout"]),
+        (["generate", "x", "-o", str(tmp / "taken.png")], 3, ["taken.png", "--overwrite"]),
+        (["generate", "x", "-o", str(tmp / "taken.png" / "a.png")], 3, ["cannot write"]),
+        (["generate", "x", "-o", "/proc/nowhere/a.png"], 3, ["cannot write"]),
+        (["generate", "x", "-o", str(tmp / ("n" * 300 + ".png"))], 3, ["cannot write"]),
+        (["generate", "--from", good, "-o", str(tmp / "f.png")], 3, ["no settings"]),
+        (["info", str(tmp / "text.png")], 3, ["PNG, JPEG or WebP"]),
+        ([*model, str(tmp / "nowhere")], 4, ["nowhere", "does not exist"]),
+        ([*model, "./nowhere"], 4, ["nowhere", "does not exist"]),
+        ([*model, str(broken)], 4, ["config.json is missing"]),
+        (["train", str(tmp / "none.toml")], 3, ["none.toml"]),
+    ]
+
+
+def folder_cases(tmp: Path, tiny: Path) -> list:
+    """Model folders whose headers tell that something is wrong."""
+    cases = []
+
+    def copy(name):
+        folder = tmp / name
+        shutil.copytree(tiny, folder)
+        return folder, folder / "model.safetensors"
+
+    def add(folder, *words):
+        output = ["-o", str(tmp / "never.png")]
+        cases.append((["generate", "x", "-m", str(folder), *output], 4, list(words)))
+        cases.append((["models", "verify", str(folder)], 4, list(words)))
+
+    folder, weights = copy("pickle")
+    weights.rename(folder / "pytorch_model.bin")
+    add(folder, "pytorch_model.bin", "pickle", "hidream models convert")
+    folder, weights = copy("truncated")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    add(folder, "model.safetensors", "truncated")
+    folder, weights = copy("shard")
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    add(folder, "model-00002-of-00002.safetensors", "missing")
+    folder, weights = copy("no_weights")
+    weights.unlink()
+    add(folder, "no model.safetensors")
+    folder, _ = copy("settings")
+    (folder / "hidream.json").write_text('{"sampler": "eular"}')
+    add(folder, "hidream.json", "eular")
+    return cases
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory, tiny_folder):
+    """Every case with its outcome, from one fresh process."""
+    tmp = tmp_path_factory.mktemp("refusals")
+    groups = [FLAGS, input_cases(tmp), folder_cases(tmp, tiny_folder)]
+    cases = [case for group in groups for case in group]
+    # What reads weights' shapes imports torch, so those come last.
+    cases.sort(key=lambda case: case[0][:2] == ["models", "verify"])
+    argvs = [case[0] for case in cases]
+    process = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(argvs),
+        capture_output=True,
+        text=True,
+        cwd=tmp,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.returncode == 0, process.stderr
+    return list(zip(cases, json.loads(process.stdout), strict=True))
+
+
+def test_every_refusal_has_its_exit_code(refusals):
+    wrong = [
+        (argv, code, result[0], result[2])
+        for (argv, code, _), result in refusals
+        if result[0] != code
+    ]
+    assert wrong == []
+
+
+def test_every_refusal_says_what_is_wrong_in_few_lines(refusals):
+    for (argv, _, words), (_, out, err, _) in refusals:
+        assert out == "", argv
+        assert 1 <= len(err.splitlines()) <= 5, (argv, err)
+        assert "Traceback" not in err, argv
+        assert err.startswith("error: "), (argv, err)
+        for word in words:
+            assert word in err, (argv, word, err)
+
+
+def test_no_refusal_needs_torch(refusals):
+    late = [argv for (argv, _, _), result in refusals if result[3] and argv[0] != "models"]
+    assert late == []
+
+
+@pytest.mark.parametrize("flaw", ["missing", "extra", "shape", "nan"])
+def test_weights_that_do_not_fit_the_configuration(tiny_folder, tmp_path, capsys, flaw):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    word = {"missing": "1 missing", "extra": "1 not of", "shape": "wrong shape", "nan": "finite"}
+    if flaw == "missing":
+        del tensors[name]
+    elif flaw == "extra":
+        tensors["model.surprise.weight"] = np.ones(3, np.float32)
+    elif flaw == "shape":
+        tensors[name] = tensors[name][:-1]
+    else:
+        tensors[name][3, 4] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    output = tmp_path / "out.png"
+    assert main(["generate", "x", "-m", str(folder), "-o", str(output)]) == 4
+    err = capsys.readouterr().err
+    assert word[flaw] in err
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if "loading" not in line]) <= 5
+    assert not output.exists()
+    assert main(["models", "verify", str(folder)]) == 4
+    assert word[flaw] in capsys.readouterr().err
+
+
+def test_a_full_disk_is_found_before_the_work(tiny_folder, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("hidream.pictures.shutil.disk_usage", lambda place: usage)
+    output = tmp_path / "out.png"
+    assert main(["generate", "x", "-m", str(tiny_folder), "-o", str(output)]) == 3
+    assert "too full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
