@@ -15,15 +15,21 @@ from hidream.folder import Folder
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Names whose tensor also stands under an earlier name, and that name."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        earlier = first.setdefault(id(tensor), name)
+        if earlier != name:
+            tied[name] = earlier
+    return tied
+
+
 def tensor_shapes(module: nn.Module) -> dict[str, list[int]]:
     """Name and shape of every tensor that a checkpoint of `module` holds, tied ones once."""
-    seen: set[int] = set()
-    shapes = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = list(tensor.shape)
-    return shapes
+    tied = tied_names(module)
+    return {n: list(t.shape) for n, t in module.state_dict().items() if n not in tied}
 
 
 def check_tensors(folder: Folder, expected: Mapping[str, list[int]]) -> None:
@@ -74,5 +80,9 @@ def load_weights(
                         "The file is damaged, or the training run that wrote it diverged.",
                     )
                 tensors[name] = tensor
-    module.load_state_dict(tensors, assign=True, strict=set(tensors) == set(module.state_dict()))
+    for name, earlier in tied_names(module).items():
+        if not isinstance(tensors[earlier], nn.Parameter):
+            tensors[earlier] = nn.Parameter(tensors[earlier], requires_grad=False)
+        tensors[name] = tensors[earlier]  # the same object, so that they stay one
+    module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()

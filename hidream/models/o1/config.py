@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hidream.errors import ModelError
@@ -25,6 +25,7 @@ class TextConfig:
     mrope_sections: tuple[int, int, int]
 
     def __post_init__(self) -> None:
+        _check_counts(self)
         if sum(self.mrope_sections) != self.head_dim // 2:
             raise ModelError(
                 f"mrope_section {list(self.mrope_sections)} must add up to head_dim / 2 = "
@@ -52,6 +53,9 @@ class VisionConfig:
     patch_size: int = 16
     merge_size: int = 2  # merge_size² patches become one token
     temporal_patch_size: int = 2  # a picture is a film of this many equal frames
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
 
     @property
     def patch_dim(self) -> int:
@@ -102,6 +106,9 @@ class O1Config:
     has_lm_head: bool = True
     tie_word_embeddings: bool = False
     budgets: ReferenceBudgets = field(default_factory=ReferenceBudgets)
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
 
     @property
     def patch_dim(self) -> int:
@@ -206,6 +213,14 @@ class O1Config:
                 "temporal_patch_size": vision.temporal_patch_size,
             },
         }
+
+
+def _check_counts(part: Any) -> None:
+    """Raise ValueError unless every int of a configuration is one, above 0."""
+    for item in fields(part):
+        value = getattr(part, item.name)
+        if item.type == "int" and not (type(value) is int and value > 0):
+            raise ValueError(f"{item.name}={value!r} is not a whole number above 0")
 
 
 O1_8B = O1Config(
