@@ -21,6 +21,7 @@ from hidream.pictures import read_mask, read_picture
 from hidream.pipelines.denoise import Counter, Job, Source, batch_key, denoise_batch
 from hidream.registry import Spec, nearest
 from hidream.request import GenerateRequest, resolve, warnings_of
+from hidream.sampling import dev_sigmas
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +175,10 @@ class Pipeline:
         )
         if request.model is None:
             request = replace(request, model=self.spec.name)
+        if self.spec.variant == "dev" and request.sigmas is None and request.shift == 1:
+            # Dev knows one curve; other numbers of steps read it at even distances.
+            curve = dev_sigmas(request.num_inference_steps)
+            request = replace(request, sigmas=tuple(curve.tolist()[:-1]))
 
         def tokens(prompt: str) -> Tokens:
             return encode(
