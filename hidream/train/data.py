@@ -262,7 +262,7 @@ def encode_sample(
     )
     dropped = prompt is UNCONDITIONAL_PROMPT or not objective.caption_weight
     end = tokens.caption.stop
-    return tokens, slice(0, 0) if dropped else slice(tokens.caption.start, end + 1)
+    return tokens, slice(1, 1) if dropped else slice(tokens.caption.start, end + 1)
 
 
 def _encode_answer(
@@ -279,7 +279,7 @@ def _encode_answer(
     question = asked.input_ids[:-1]  # without <|boi_token|>: text follows, no picture
     answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
     input_ids = torch.cat([question, torch.tensor(answer)])
-    image_slots = input_ids == tokenizer.special["<|image_pad|>"]
+    image_slots = input_ids.eq(tokenizer.special["<|image_pad|>"])
     merge = config.vision.merge_size
     merged = [(rows // merge, columns // merge) for rows, columns in asked.image_grids]
     tokens = replace(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hidream.models.o1.model import O1
 from hidream.models.o1.patches import to_picture, unpatchify
-from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, encode
+from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
 from hidream.sampling import cfg_batched, euler, full_sigmas, picture_noise
 from hidream.train.config import Recipe
 
@@ -49,7 +49,7 @@ def sample_pictures(
     device = next(model.parameters()).device
     config, count = model.config, len(prompts)
 
-    def tokens(prompt: str) -> object:
+    def tokens(prompt: str) -> Tokens:
         return encode(tokenizer, config, prompt, width=size, height=size)
 
     asked = [tokens(prompt) for prompt in prompts]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -97,10 +97,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    restore: list[Callable[[], object]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before = signal.signal(number, pass_on)
-        restore.append(lambda number=number, before=before: signal.signal(number, before))
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         codes: list[int] = []
         while len(codes) < len(children):
@@ -112,8 +109,8 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
             if child.poll() is None:
                 child.terminate()
                 child.wait(timeout=60)
-        for undo in restore:
-            undo()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     worst = max(codes, key=lambda code: (code not in (0, INTERRUPTED), code))
     if worst not in (0, INTERRUPTED):
         error = HidreamError(

@@ -81,7 +81,8 @@ def train(
     if recipe.compile:
         torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
         torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
-        model.model.language_model.compile(dynamic=True)
+        for layer in model.model.language_model.layers:  # one block compiles 8 times faster
+            layer.compile(dynamic=False)
     log = None
     if world.main:
         log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=progress.step)

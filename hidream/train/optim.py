@@ -13,7 +13,8 @@ from hidream.train.config import Optimizer, Stage
 def build_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     """AdamW with decay on matrices only: norms, biases and embedding tables are left alone."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         matrix = parameter.ndim >= 2 and id(parameter) not in tables
         (decayed if matrix else kept).append(parameter)

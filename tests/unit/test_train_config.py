@@ -1,0 +1,72 @@
+"""Recipes: strict keys and values, overrides, and where a step stands in the run."""
+
+from pathlib import Path
+
+import pytest
+
+from hidream.errors import InputError, UsageError
+from hidream.train.config import load_recipe, parse_recipe
+
+STAGE = {"size": 32, "steps": 6, "batch_size": 4, "learning_rate": 1e-3}
+PLAIN = {
+    "name": "tiny",
+    "model": "o1-tiny",
+    "stages": [STAGE | {"tasks": {"text_to_image": 1.0}}, STAGE | {"tasks": {"edit": 1}}],
+}
+NANO = Path(__file__).parents[2] / "recipes" / "o1_nano.toml"
+
+
+def test_the_shipped_recipe_is_valid_and_plain_values_give_it_back():
+    recipe = load_recipe(NANO)
+    assert recipe.model == "o1-nano"
+    assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_overrides_reach_into_tables_and_lists():
+    changes = ["seed=5", "optimizer.clip=0.5", "stages.1.steps=9999", "out=runs/there"]
+    recipe = load_recipe(NANO, changes)
+    assert (recipe.seed, recipe.optimizer.clip, recipe.stages[1].steps) == (5, 0.5, 9999)
+    assert recipe.run_dir == Path("runs/there")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sed=5", 'unknown key "sed"; did you mean "seed"?'),
+        ("optimizer.klip=1", 'unknown key "optimizer.klip"; did you mean "clip"?'),
+        ("stages.0.tasks.edits=1", 'did you mean "edit"?'),
+        ("stages.7.steps=1", "must be a number from 0 to"),
+        ("seed=many", "seed = 'many' is not a int"),
+        ("compile=1", "compile = 1 is not a bool"),
+        ("processes=0", "must be at least 1"),
+        ("stages.0.batch_size=7", "multiple of processes"),
+        ("stages.0.warmup=100000", "must fit into"),
+        ("buckets.edit=[8, 4]", "rising"),
+        ("precision=float16", "bfloat16"),
+        ("seed", "is not key=value"),
+    ],
+)
+def test_what_is_wrong_is_named(change, message):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(NANO, [change])
+    assert message in str(caught.value)
+
+
+def test_a_missing_key_and_an_unreadable_file_are_errors(tmp_path):
+    with pytest.raises(UsageError, match='lacks "model"'):
+        parse_recipe({"name": "x", "stages": PLAIN["stages"]})
+    with pytest.raises(InputError, match="cannot be read"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("name = ")
+    with pytest.raises(InputError, match="not TOML"):
+        load_recipe(tmp_path / "broken.toml")
+
+
+def test_steps_and_samples_are_counted_over_stages():
+    recipe = parse_recipe(PLAIN)
+    assert recipe.num_steps == 12
+    assert recipe.locate(5) == (0, 5)
+    assert recipe.locate(6) == (1, 0)
+    assert [recipe.first_sample(step) for step in (0, 6, 7)] == [0, 24, 28]
+    with pytest.raises(UsageError):
+        recipe.locate(12)

@@ -1,0 +1,100 @@
+"""The objective against its closed forms, and that its gradient reaches every parameter."""
+
+import math
+
+import pytest
+import torch
+
+from hidream.sampling import add_noise, to_velocity
+from hidream.train.config import parse_recipe
+from hidream.train.losses import IGNORED, noisy, picture_loss, text_loss, velocity_weight
+
+DELTA = 0.05
+
+
+@pytest.fixture
+def draws():
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, predicted = (torch.randn(6, 4, 12, generator=generator) for _ in range(3))
+    sigma = torch.tensor([0.06, 0.2, 0.5, 0.7, 0.9, 1.0])
+    return x0, noise, predicted, sigma
+
+
+@pytest.mark.parametrize("noise_scale", [1.0, 8.0])
+def test_picture_loss_is_the_mean_squared_error_of_the_velocity(draws, noise_scale):
+    x0, noise, predicted, sigma = draws
+    x_t = noisy(x0, noise, sigma, noise_scale)
+    torch.testing.assert_close(x_t, add_noise(x0, noise, sigma, noise_scale))
+    error = to_velocity(x_t, predicted, sigma) - (noise_scale * noise - x0)
+    expected = error.double().square().mean()
+    actual = picture_loss(predicted, x0, sigma, DELTA)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_weight_is_bounded_near_data():
+    weight = velocity_weight(torch.tensor([0.0, 0.01, DELTA, 0.5]), DELTA)
+    torch.testing.assert_close(weight, torch.tensor([400.0, 400.0, 400.0, 4.0]))
+
+
+def test_picture_loss_is_fp32_whatever_comes_in(draws):
+    x0, _, predicted, sigma = draws
+    assert picture_loss(predicted.bfloat16(), x0, sigma, DELTA).dtype == torch.float32
+
+
+def test_text_loss_of_uniform_logits_is_the_logarithm_of_the_vocabulary():
+    labels = torch.tensor([[1, IGNORED, 3], [IGNORED, IGNORED, 0]])
+    loss = text_loss(torch.zeros(2, 3, 7), labels, 3)
+    assert loss.item() == pytest.approx(math.log(7))
+
+
+def test_unequal_shares_average_to_the_loss_of_the_whole_batch():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 3, 7, generator=generator)
+    labels = torch.tensor([[1, 2, 3], [IGNORED, IGNORED, 0]])
+    whole = text_loss(logits, labels, 4)
+    shares = [text_loss(logits[i : i + 1], labels[i : i + 1], 4 / 2) for i in range(2)]
+    torch.testing.assert_close(sum(shares) / 2, whole)
+
+
+def test_without_labels_text_has_no_loss_and_no_nan():
+    assert text_loss(torch.zeros(1, 2, 7), torch.full((1, 2), IGNORED), 0).item() == 0
+
+
+def test_the_gradient_reaches_every_parameter(nano_tokenizer):
+    from hidream.train.data import make_batch
+    from hidream.train.distributed import World
+    from hidream.train.loop import build_model, compute_losses
+
+    tasks = ("text_to_image", "edit", "language", "understanding")
+    stage = {"size": 32, "steps": 1, "batch_size": 2, "learning_rate": 1e-3}
+    missing = None
+    for task in tasks:
+        recipe = parse_recipe(
+            {
+                "name": "tiny",
+                "model": "o1-tiny",
+                "tokenizer": nano_tokenizer,
+                "precision": "float32",
+                "stages": [stage | {"tasks": {task: 1.0}}],
+                "objective": {"caption_dropout": 0.0},
+            }
+        )
+        model, tokenizer = build_model(recipe)
+        torch.nn.init.normal_(model.model.final_layer2.linear.weight)  # it starts at zero
+        batch = make_batch(recipe, model.config, tokenizer, 0)
+        labels = World().start_sum(batch.num_labels)
+        compute_losses(recipe, model, batch, labels).total.backward()
+        silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+        if task == "edit":  # a picture with a reference uses every part of the model
+            assert not silent
+        missing = silent if missing is None else missing & silent
+    assert not missing
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer(tmp_path_factory):
+    from hidream.train.tokenizer import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder, num_texts=500)
+    return str(folder)
