@@ -279,7 +279,7 @@ def _encode_answer(
     question = asked.input_ids[:-1]  # without <|boi_token|>: text follows, no picture
     answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
     input_ids = torch.cat([question, torch.tensor(answer)])
-    image_slots = input_ids.eq(tokenizer.special["<|image_pad|>"])
+    image_slots = torch.cat([asked.image_slots[:-1], torch.zeros(len(answer), dtype=torch.bool)])
     merge = config.vision.merge_size
     merged = [(rows // merge, columns // merge) for rows, columns in asked.image_grids]
     tokens = replace(
