@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,8 @@ from hidream.models.o1.batch import collate
 from hidream.models.o1.config import O1_8B, O1_NANO, O1_PRO, O1_TINY
 from hidream.models.o1.model import O1, Prefix
 from hidream.models.o1.tokens import encode
+from hidream.sampling import dev_sigmas, full_sigmas, shift_sigma
+from hidream.sampling.schedules import DEV_TIMESTEPS
 from tests import tiny
 
 SIGMA = torch.tensor(0.625)
@@ -366,7 +369,7 @@ def test_backends_agree(tiny_model, make):
 
 
 @pytest.mark.parametrize(
-    ("sigma", "seen"), [(0.987, 0.987), (0.9869999, 0.987), (0.98749, 0.987), (1.0, 1.0)]
+    ("sigma", "seen"), [(0.987, 0.987), (0.9869999, 0.986), (0.98749, 0.987), (1.0, 1.0)]
 )
 def test_velocity_shows_the_network_whole_thousandths(tiny_model, make, sigma, seen):
     tokens = make()
@@ -374,6 +377,26 @@ def test_velocity_shows_the_network_whole_thousandths(tiny_model, make, sigma, s
     velocity = tiny_model.velocity(x_t, torch.tensor(sigma), prefix)
     x0 = tiny_model.predict_x0(x_t, torch.tensor(seen), prefix)
     torch.testing.assert_close(velocity, (x_t - x0) / seen)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shift", [1.0, 1.5, 2.0, 3.0])
+def test_the_thousandths_are_those_of_the_published_schedules(tiny_model, monkeypatch, shift):
+    """They were cut from float64; ours are cut from the same sigmas in fp32."""
+    shown = []
+    monkeypatch.setattr(O1, "predict_x0", lambda self, x_t, sigma, prefix: shown.append(sigma) or 0)
+    first = float(shift_sigma(torch.tensor(0.999), shift))
+    for num_steps in (4, 6, 10, 27, 34, 37, 41, 45, 49, 50, 97):
+        shown.clear()
+        for sigma in full_sigmas(num_steps, shift)[:-1]:
+            tiny_model.velocity(torch.zeros(1, 1, 1), sigma, prefix=None)
+        evenly = np.linspace(first, 0, num_steps + 1)[:-1]
+        exactly = 1000 * shift_sigma(evenly, shift)
+        assert [round(1000 * float(tau)) for tau in shown] == [int(t) for t in exactly]
+    shown.clear()
+    for sigma in dev_sigmas()[:-1]:
+        tiny_model.velocity(torch.zeros(1, 1, 1), sigma, prefix=None)
+    assert [round(1000 * float(tau)) for tau in shown] == list(DEV_TIMESTEPS)
 
 
 @pytest.mark.parametrize("sigma", [0.0009, 0.0])
