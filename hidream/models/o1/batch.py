@@ -88,8 +88,8 @@ def collate(
         reference_mask[i, :r] = True
         slots.append(tokens.image_slots.nonzero()[:, 0] + i * num_text)
         if labels is not None:
-            stretch = range(a)[labels[i]]
-            said = torch.arange(max(stretch.start, 1), stretch.stop)  # nothing foretells token 0
+            said = torch.arange(a)[labels[i]]
+            said = said[said > 0]  # nothing foretells token 0
             targets[i, said - 1] = tokens.input_ids[said]
     pixels = [tokens.pixel_values for tokens in requests if tokens.image_grids]
     return Batch(
