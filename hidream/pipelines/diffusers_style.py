@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class HiDreamPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, *, torch_dtype: torch.dtype | str | None = None, device: str = "cpu"
+        cls, model: str | Path, *, torch_dtype: torch.dtype | str | None = None, device: str = "cpu"
     ) -> HiDreamPipeline:
         """As `hidream.load`; the model stays on the CPU until `.to(device)`."""
         return cls(load(model, device=device, dtype=torch_dtype))

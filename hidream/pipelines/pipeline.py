@@ -136,7 +136,7 @@ class Pipeline:
         encoded = time.perf_counter()
         jobs = [job for plan in plans for job in plan.jobs]
         pictures: dict[int, Image.Image] = {}
-        forwards = dict.fromkeys(map(id, jobs), 0)
+        forwards = dict.fromkeys((id(plan.request) for plan in plans), 0)
         for batch in _batches(jobs):
             counter = Counter()
             try:
@@ -146,7 +146,8 @@ class Pipeline:
                 raise _memory_exceeded(self.device, f"{len(batch)} pictures of {size}") from error
             for job, picture in zip(batch, made, strict=True):
                 pictures[id(job)] = picture
-                forwards[id(job)] = counter.num_forwards
+            for plan in {id(job.request) for job in batch}:
+                forwards[plan] += counter.num_forwards
         end = time.perf_counter()
         timings = {"encode": encoded - start, "denoise": end - encoded, "total": end - start}
         return [
@@ -155,7 +156,7 @@ class Pipeline:
                 request=plan.request,
                 seeds=tuple(job.seed for job in plan.jobs),
                 timings=timings,
-                num_forwards=max(forwards[id(job)] for job in plan.jobs),
+                num_forwards=forwards[id(plan.request)],
                 warnings=plan.warnings,
             )
             for plan in plans
