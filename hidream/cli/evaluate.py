@@ -74,9 +74,8 @@ def _world(argv: list[str]) -> int:
     if arguments.json:
         console.show(result)
         return 0
-    print(
-        f"{'category':<20} {'n':>5} {'accuracy':>9} {'95 % interval':>15} {'ceiling':>8} {'floor':>6}"
-    )
+    heads = f"{'category':<20} {'n':>5} {'accuracy':>9} {'95 % interval':>15}"
+    print(f"{heads} {'ceiling':>8} {'floor':>6}")
     for name, row in result["categories"].items():
         low, high = row["ci95"]
         print(
