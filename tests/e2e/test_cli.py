@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -291,15 +291,16 @@ def test_help_is_quick_and_loads_no_torch(arguments):
         "except SystemExit: pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'PIL')))"
     )
-    seconds = []
-    for _ in range(3):  # the quickest of three: the machine may be busy
-        start = time.perf_counter()
+    used = []
+    for _ in range(3):  # seconds of the processor, not of the clock: the machine may be busy
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, capture_output=True, env=ENVIRONMENT)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
         assert b"hidream" in done.stdout
-    assert min(seconds) < 0.3
+    assert min(used) < 0.3
 
 
 def test_ctrl_c_ends_within_a_step_and_leaves_nothing(tiny_folder, tmp_path):
@@ -308,11 +309,10 @@ def test_ctrl_c_ends_within_a_step_and_leaves_nothing(tiny_folder, tmp_path):
     for line in running.stderr:
         if line.startswith("step"):
             break
-    start = time.perf_counter()
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=300)
     assert running.returncode == 130
-    assert time.perf_counter() - start < 10
+    assert err.count("step ") <= 2  # one line a second is printed, however slow the machine
     assert "interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
@@ -326,3 +326,15 @@ def test_a_reader_that_left_is_no_error(tiny_folder, tmp_path):
     assert running.wait() == 0, err
     assert "Traceback" not in err
     assert "Exception" not in err
+
+
+def test_being_ended_leaves_no_half_file(tiny_folder, tmp_path):
+    arguments = ["--steps", 1000, "--size", "256x256", "-o", tmp_path / "a.png"]
+    running = process("generate", "a", "-m", tiny_folder, "--preview-every", 1, *arguments)
+    for line in running.stderr:
+        if line.startswith("step"):
+            break
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=300)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert all(file.suffix == ".png" for file in tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """A model folder is judged by its headers: whole folders open, broken ones say what is broken."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -173,3 +174,16 @@ def test_what_is_not_on_this_machine(monkeypatch, tmp_path):
         folders.fetch("HiDream-ai/HiDream-O1-Image", local_only=True)
     with pytest.raises(UsageError, match="did you mean"):
         locate("HiDream-ai/HiDream-O1-Imag")
+
+
+def test_a_hub_id_finds_its_snapshot_in_the_hubs_cache(whole, monkeypatch, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    repo, commit = cache / "models--HiDream-ai--HiDream-O1-Image-Dev", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(whole, repo / "snapshots" / commit)
+    for name in ("HiDream-ai/HiDream-O1-Image-Dev", "o1-dev"):
+        spec, path = locate(name)
+        assert (spec.name, spec.variant) == ("o1-dev", "dev")
+        assert open_folder(path).num_params == 18
