@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -53,7 +54,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (b, h, l, s)
     if causal:
-        mask = scores.new_ones(scores.shape[-2:], dtype=bool).tril()[None]
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None]
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], float("-inf"))
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)

@@ -154,7 +154,7 @@ def _guided(model: O1, jobs: Sequence[Job], counter: Counter) -> sampling.Denois
 def _distinct(tokens: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
     """Each of `tokens` once, and for every entry the place of its own."""
     places: dict[int, int] = {}
-    kept = []
+    kept: list[Tokens] = []
     for item in tokens:
         if id(item) not in places:
             places[id(item)] = len(kept)

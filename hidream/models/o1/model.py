@@ -266,7 +266,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10_000) * steps / half)
         angles = 1000 * t.float()[:, None] * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 class BottleneckPatchEmbedding(nn.Module):

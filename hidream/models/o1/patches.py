@@ -44,8 +44,8 @@ def vision_patches(
     picture: Image.Image, patch_size: int, merge_size: int, temporal_patch_size: int
 ) -> Float[Tensor, "v c"]:
     """What Qwen's image processor gives: patches in merge order, each frame repeated in time."""
-    pixels = (np.array(picture).astype(np.float64) * (1 / 255)).astype(np.float32)
-    pixels = torch.from_numpy((pixels - np.float32(0.5)) / np.float32(0.5))
+    levels = (np.array(picture).astype(np.float64) * (1 / 255)).astype(np.float32)
+    pixels = torch.from_numpy((levels - np.float32(0.5)) / np.float32(0.5))
     patches = rearrange(
         pixels,
         "(h mh p) (w mw q) c -> (h w mh mw) c 1 (p q)",

@@ -81,8 +81,8 @@ def vision_copy(picture: Image.Image, side: int, multiple: int) -> Image.Image:
     """A prepared reference as the vision tower sees it: about side² pixels, aspect kept."""
     ratio = picture.width / picture.height
     width = math.sqrt(side**2 * ratio)
-    size = tuple(max(int(n / multiple), 1) * multiple for n in (width, width / ratio))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    columns, rows = (max(int(n / multiple), 1) for n in (width, width / ratio))
+    return picture.resize((columns * multiple, rows * multiple), Image.Resampling.LANCZOS)
 
 
 def pixel_boxes(layout: Sequence[Box], width: int, height: int) -> list[PixelBox]:

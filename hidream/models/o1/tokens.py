@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,8 +69,12 @@ class Tokens:
         return self.position_ids.shape[1] - len(self.input_ids)
 
     def to(self, device: torch.device | str) -> Tokens:
-        tensors = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 class Tokenizer:
@@ -89,13 +94,14 @@ class Tokenizer:
                 f"{folder} has no readable tokenizer.json with a chat template ({error}).",
                 "Use a folder in the published layout.",
             ) from error
-        missing = [t for t in SPECIAL_TOKENS if self._text.token_to_id(t) is None]
+        ids = {token: self._text.token_to_id(token) for token in SPECIAL_TOKENS}
+        missing = [token for token, number in ids.items() if number is None]
         if missing:
             raise ModelError(
                 f"the tokenizer in {folder} lacks {', '.join(missing)}.",
                 "O1 needs its own tokenizer, not that of the Qwen3-VL it was trained from.",
             )
-        self.special = {t: self._text.token_to_id(t) for t in SPECIAL_TOKENS}
+        self.special = {token: number for token, number in ids.items() if number is not None}
         self._text.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
         self._text.encode_special_tokens = True
 
@@ -212,7 +218,7 @@ def encode_prepared(
     ids, caption = tokenizer.chat(prompt, [rows * columns for rows, columns in merged])
     ids.append(tokenizer.special["<|boi_token|>"])
     input_ids = torch.tensor(ids)
-    image_slots = input_ids == tokenizer.special["<|image_pad|>"]
+    image_slots = input_ids.eq(tokenizer.special["<|image_pad|>"])
 
     grid = (height // patch, width // patch)
     generated = [grid, *((p.height // patch, p.width // patch) for p in prepared)]

@@ -34,7 +34,8 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbedding(config)
-        self.pos_embed = nn.Embedding(config.num_positions, config.hidden_size)
+        table = torch.zeros(config.num_positions, config.hidden_size)
+        self.pos_embed = nn.Embedding(*table.shape, _weight=table)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
         self.merger = Merger(config, out_size, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(
