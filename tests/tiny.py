@@ -30,7 +30,8 @@ TEMPLATE = (
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = ("user", "assistant", " red", " blue", " cube", " sphere", " the", " of", " make", "red")
+WORDS = (" red", " blue", " cube", " sphere", " the", " of", " make", "red", "user", "assistant")
+WORDS += ("\n ",)  # not split before BPE, unlike in Qwen's: what stands before a prompt counts
 SETTINGS = {
     "variant": "full",
     "patch_size": 16,
@@ -52,7 +53,7 @@ def write_tokenizer(folder: Path, special_tokens: Sequence[str] = SPECIAL_TOKENS
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for word in WORDS:
-        letters = word.replace(" ", "Ġ")
+        letters = word.replace(" ", "Ġ").replace("\n", "Ċ")
         for end in range(1, len(letters)):
             pair = (letters[:end], letters[end])
             if "".join(pair) not in vocabulary:

@@ -194,11 +194,19 @@ def _keeping(denoise: sampling.Denoise, sources: Tensor, changeable: Tensor) -> 
 def _pictures(
     x0: Float[Tensor, "b n p"], jobs: Sequence[Job], grid: tuple[int, int], patch_size: int
 ) -> list[Image.Image]:
-    """8-bit pictures; outside a mask they are the source's, to the last bit."""
-    pictures = [to_picture(pixels) for pixels in unpatchify(x0, grid, patch_size)]
+    """8-bit pictures; where a mask is black they are the source's, to the last bit.
+
+    Where it is grey the steps have blended already; see `_keeping`.
+    """
     return [
-        Image.composite(picture, job.source.picture, job.source.mask)
+        Image.composite(picture, job.source.picture, job.source.mask.point(_not_black))
         if job.source and job.source.mask
         else picture
-        for picture, job in zip(pictures, jobs, strict=True)
+        for picture, job in zip(
+            map(to_picture, unpatchify(x0, grid, patch_size)), jobs, strict=True
+        )
     ]
+
+
+def _not_black(level: int) -> int:
+    return 255 if level else 0

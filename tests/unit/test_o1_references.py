@@ -75,6 +75,19 @@ def test_a_reference_fills_its_area_in_whole_patches(size, side):
         )
 
 
+@pytest.mark.parametrize(
+    ("size", "side", "expected"),
+    [
+        ((1248, 1000), 100, (112, 80)),  # 111.7 × 89.5: only rounded is it seven patches wide
+        ((227, 284), 143, (128, 144)),  # 127.8 × 159.9: both rounded is too much, so one is
+        ((284, 227), 143, (144, 128)),
+    ],
+)
+def test_sides_are_rounded_or_floored(size, side, expected):
+    """Then cut to patches: the largest of the four that is within the area."""
+    assert fit_to_area(Image.new("RGB", size), side, 16).size == expected
+
+
 def test_a_reference_of_its_size_already_stays_as_it_is():
     picture = tiny.picture(0, 128, 128)
     assert tiny.levels(fit_to_area(picture, 128, 16), picture) == 0

@@ -311,6 +311,8 @@ def test_one_prompt_is_read_once(pipe, monkeypatch):
     assert prefills == [2]
     pipe([request("a"), request("b", num_images=2)])
     assert prefills == [2, 4]
+    pipe(request(guidance_scale=1, num_images=2))
+    assert prefills == [2, 4, 1]
 
 
 def test_what_differs_in_size_or_schedule_is_another_batch(pipe, seen):
@@ -433,9 +435,15 @@ def test_a_white_mask_is_no_mask_and_a_black_one_keeps_all(pipe, source):
     assert same(black, source)
 
 
-def test_a_grey_mask_blends(pipe, source):
-    out = pipe(request("blue", references=(source,), mask=Image.new("L", (64, 64), 128)))
-    assert not same(out.images[0], source)
+def test_a_grey_mask_blends_once(pipe, source, monkeypatch):
+    """Half grey is half source, half what the network wants."""
+    from hidream.models.o1.patches import patchify, to_tensor
+
+    wanted = tiny.picture(0, 64, 64)
+    x0 = patchify(to_tensor(wanted), 16)[None]
+    monkeypatch.setattr(pipe.model, "velocity", lambda x_t, sigma, prefix: (x_t - x0) / sigma)
+    out = pipe(request(init_image=source, mask=Image.new("L", (64, 64), 51)))
+    assert tiny.levels(out.images[0], Image.blend(source, wanted, 51 / 255)) <= 1
 
 
 def test_masks_beside_other_requests(pipe, source, mask):

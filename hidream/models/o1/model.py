@@ -223,7 +223,7 @@ class O1(nn.Module):
         grids = [grid for r in requests for grid in r.image_grids]
         if not grids:
             return hidden, ()
-        pixels = torch.cat([r.pixel_values for r in requests if r.image_grids])
+        pixels = torch.cat([r.pixel_values for r in requests])
         slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0]
         return _scatter(hidden, slots, self.model.visual(pixels.to(hidden), grids))
 
