@@ -248,7 +248,7 @@ def drawing(kind: str) -> tuple[Image.Image, Image.Image]:
 
 
 @lru_cache(maxsize=4096)
-def _maps(kind: str, pixels: int) -> tuple[Array, Array, Array, int]:
+def maps(kind: str, pixels: int) -> tuple[Array, Array, Array, int]:
     """Alpha, shade and shadow (h, w) of a kind at a pixel size, with room around; and the room."""
     width, height = (max(3, round(v * pixels)) for v in KINDS[kind])
     alpha, lit = (
@@ -279,7 +279,7 @@ def over_shadow(alpha: Array, rgb: Array, shadow: Array) -> Image.Image:
 @lru_cache(maxsize=8192)
 def plain_sprite(kind: str, color: str, pixels: int) -> tuple[Image.Image, Image.Image, int]:
     """RGB, mask and padding of an object of one colour, `pixels` large."""
-    alpha, shade, shadow, pad = _maps(kind, pixels)
+    alpha, shade, shadow, pad = maps(kind, pixels)
     rgba = over_shadow(alpha, tone(shade, color), shadow)
     return rgba.convert("RGB"), rgba.getchannel("A"), pad
 
@@ -305,7 +305,7 @@ def _pattern(pattern: str, kind: str, pixels: int) -> Image.Image:
         v = (y / cell + 0.5) % 1 - 0.5
         on = np.hypot(u, v) < 0.34
     small = Image.fromarray((on * 255).astype(np.uint8)).reduce(4)
-    _, _, _, pad = _maps(kind, pixels)
+    _, _, _, pad = maps(kind, pixels)
     mask = Image.new("L", (width + 2 * pad, height + 2 * pad))
     mask.paste(small, (pad, pad))
     return mask

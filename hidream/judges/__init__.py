@@ -1,0 +1,1 @@
+"""Judges: what a picture shows, and whether that is what was asked for."""

@@ -1,0 +1,452 @@
+"""The world's judge: finds the objects in a picture and says whether it shows what was asked.
+
+Analysis by synthesis: the background is recognised, every kind, colour and size is compared with
+the picture at every place (coarse), the best explanations are refined with the world's own sprites
+(fine), and what was found is drawn again. A picture that its own explanation does not account for
+(something left over, blurred, noisy, between two kinds) is wrong whatever it shows. Nothing here is
+trained, so nothing can be trained on a model's outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from hidream.judges.matching import Explanation, explain
+from hidream.judges.templates import (
+    COARSE,
+    FINE,
+    Array,
+    Fit,
+    Scan,
+    View,
+    backdrop,
+    paste,
+    placed,
+    scan,
+    stamp,
+    view,
+)
+from hidream.judges.words import read_word, word_stamp
+from hidream.world.scene import BACKGROUNDS, Object, boxes_apart, extent, holds, size_name
+from hidream.world.tasks import Claim, Sample
+
+JUDGE_VERSION = "1.0"
+LEAST_GAIN = 0.12  # of a hypothesis in the coarse picture (squared colour distance summed)
+CLEAR_SHARE = 0.8  # of its contrast that an object explains at once; poorer ones wait their turn
+LEAST_SHARE = 0.3  # of an object's contrast to the background that its sprite must explain
+MOST_TRIES = 9  # places looked at closely
+OVERLAP = 0.95  # objects overlap where their centres are closer than this share of their sizes
+MOST_NOISE = 14 / 255  # standard deviation
+LEAST_EDGES = 0.27  # gradient energy against that of a clean drawing; blur of 1.6% of the width
+MOST_LEFT_OVER = 0.006  # share of the picture that the explanation leaves unexplained
+LEFT_OVER = 0.16  # colour distance beyond which a pixel is unexplained
+LEAST_MIX = 0.7  # share of the kind named, in a mixture with the next best kind
+LEAST_MIX_SMALL = 0.57  # the same below 128 pixels, where kinds look more alike
+IN_PLACE = 0.08  # how far an untouched object of an edit may have moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An object found in a picture: what, where (fractions), and how sure (0–1)."""
+
+    kind: str
+    color: str
+    size: float
+    x: float
+    y: float
+    confidence: float
+    word: str = ""
+    pattern: str = ""
+    color2: str = ""
+    purity: float = 1.0  # 1: this kind alone; 0.5: halfway to another kind
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom."""
+        width, height = extent(self.kind, self.size, self.word or "X")
+        return (
+            self.x - width / 2,
+            self.y - height / 2,
+            self.x + width / 2,
+            self.y + height / 2,
+        )
+
+    @property
+    def size_name(self) -> str:
+        return size_name(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """All that the judge sees in a picture. `faults` are reasons why no reading can be right."""
+
+    objects: tuple[Found, ...]
+    background: str
+    noise: float  # standard deviation, 0–1
+    edges: float  # gradient energy against a clean drawing of the same objects
+    left_over: float  # share of the picture that the explanation does not account for
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a picture is right, why not, and what was found in it."""
+
+    right: bool
+    reasons: tuple[str, ...]
+    finding: Finding = field(repr=False)
+
+
+def find(picture: Image.Image | np.ndarray) -> Finding:
+    """What a picture (RGB, any size from 64 up) shows."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = image.convert("RGB")
+    side = min(image.size)
+    fine = FINE if side >= FINE else 64
+    unit = fine // COARSE
+    size = tuple(round(length * COARSE / side) * unit for length in image.size)
+    noise = _noise(np.asarray(image, np.float32) / 255)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BOX, reducing_gap=None)
+    pixels = np.asarray(image, np.float32) / 255
+    name, offset = _background(_shrink(pixels, unit))
+    pixels = pixels - offset
+    objects, fits = _objects(pixels, name, fine)
+    canvas = backdrop(name, *size).copy()
+    for one, match in sorted(zip(objects, fits, strict=True), key=lambda pair: pair[0].box[3]):
+        sprite = (
+            word_stamp(one.word, match.look.color, fine)
+            if one.kind == "sign" and "?" not in one.word
+            else stamp(match.kind, match.look, match.size, fine)
+        )
+        paste(canvas, sprite, match.x, match.y)
+    ground = backdrop(name, *size)
+    edges = _edges(pixels, canvas, ground, noise)
+    left_over = _left_over(pixels, canvas, 2 if fine == FINE else 1)
+    faults = []
+    if noise > MOST_NOISE:
+        faults.append(f"noisy ({noise * 255:.0f}/255)")
+    if edges < LEAST_EDGES:
+        faults.append(f"blurred (edges {edges:.2f} of a clean drawing)")
+    if left_over > MOST_LEFT_OVER:
+        faults.append(f"{100 * left_over:.1f}% of the picture is nothing known")
+    least_mix = LEAST_MIX if fine == FINE else LEAST_MIX_SMALL
+    faults += [f"the {o.kind} is mixed with another kind" for o in objects if o.purity < least_mix]
+    return Finding(
+        objects=objects,
+        background=name,
+        noise=noise,
+        edges=edges,
+        left_over=left_over,
+        faults=tuple(faults),
+    )
+
+
+def _shrink(x: Array, factor: int) -> Array:
+    height, width, channels = x.shape
+    blocks = x.reshape(height // factor, factor, width // factor, factor, channels)
+    return blocks.mean(axis=(1, 3))
+
+
+def _background(small: Array) -> tuple[str, Array]:
+    """The background's name and the small shift of colour that the whole picture has."""
+    height, width = small.shape[:2]
+    best = ("", np.inf)
+    for name in BACKGROUNDS:
+        distance = np.abs(small - backdrop(name, width, height)).sum(-1)
+        score = float(np.minimum(distance, 0.3).mean())
+        if score < best[1]:
+            best = (name, score)
+    difference = small - backdrop(best[0], width, height)
+    near = np.abs(difference).sum(-1) < 0.18
+    if near.sum() < 20:
+        return best[0], np.zeros(3, np.float32)
+    return best[0], np.clip(np.median(difference[near], axis=0), -0.06, 0.06)
+
+
+def _objects(pixels: Array, name: str, fine: int) -> tuple[tuple[Found, ...], list[Fit]]:
+    """The objects of a picture, one after the other, the plainest first."""
+    views: dict[int, View] = {}
+    for side in {COARSE, 64, fine}:
+        small = _shrink(pixels, fine // side)
+        views[side] = view(small, backdrop(name, small.shape[1], small.shape[0]), side)
+    scans = scan(views[COARSE], name)
+    at = views[fine]
+    canvas = at.ground.copy()
+    found: list[tuple[Found, Fit]] = []
+    doubtful: list[tuple[Explanation, Fit, str, float]] = []
+    for _ in range(MOST_TRIES):
+        candidates, shapes = _peak(scans, views[COARSE])
+        if not candidates:
+            break
+        explained = explain(candidates, shapes, views, fine)
+        match, word, certain = explained.fit, "", explained.confidence
+        if match.kind == "sign":
+            word, match, certain = read_word(explained.signs, at)
+        unread = word.count("?") > len(word) / 2
+        clear = explained.share >= CLEAR_SHARE or (word and "?" not in word)
+        if not clear or unread or not _explains(at, canvas, match):
+            if not unread:
+                doubtful.append((explained, match, word, certain))
+            _dismiss(scans, views[COARSE], candidates[0])
+            continue
+        found.append((_found(match, word, certain, explained.purity), match))
+        paste(canvas, stamp(match.kind, match.look, match.size, fine), match.x, match.y)
+        _suppress(scans, views[COARSE], match)
+    doubtful.sort(key=lambda d: -d[0].share * d[1].gain)
+    for explained, match, word, certain in doubtful:
+        one = _found(match, word, certain, explained.purity)
+        free = all(boxes_apart(one.box, other.box, -0.03) for other, _ in found)
+        if free and _explains(at, canvas, match):
+            found.append((one, match))
+            paste(canvas, stamp(match.kind, match.look, match.size, fine), match.x, match.y)
+    return tuple(one for one, _ in found), [match for _, match in found]
+
+
+def _found(match: Fit, word: str, confidence: float, purity: float) -> Found:
+    return Found(
+        kind=match.kind,
+        color=match.look.color,
+        size=match.size,
+        x=match.x,
+        y=match.y,
+        confidence=round(confidence, 3),
+        word=word,
+        pattern=match.look.pattern,
+        color2=match.look.color2,
+        purity=purity,
+    )
+
+
+def _explains(at: View, canvas: Array, match: Fit) -> bool:
+    """Whether an object accounts for what the picture shows beyond the objects found so far."""
+    one = stamp(match.kind, match.look, match.size, at.side)
+    ys, xs, part_y, part_x = placed(canvas, one, match.x, match.y)
+    change = one.alpha[part_y, part_x, None] * (one.color[part_y, part_x] - canvas[ys, xs])
+    missing = at.picture[ys, xs] - canvas[ys, xs]
+    gain = float(np.square(missing).sum() - np.square(missing - change).sum())
+    return gain >= LEAST_SHARE * float(np.square(change).sum())
+
+
+def _peak(scans: list[Scan], coarse: View) -> tuple[list[Fit], list[Fit]]:
+    """The best coarse hypothesis, with the best of every other kind around the same place; and
+    the kinds whose silhouettes fit best there. Both best first."""
+    top = max(scans, key=lambda s: s.gains.max(initial=-1))
+    if top.gains.max(initial=-1) < LEAST_GAIN:
+        return [], []
+    i, j, _ = np.unravel_index(int(top.gains.argmax()), top.gains.shape)
+    y, x = top.row + int(i), top.column + int(j)
+    colored, shaped = _around(scans, coarse, y, x, 2, False), _around(scans, coarse, y, x, 4, True)
+    return colored, [f for f in shaped if f.kind != "sign"]
+
+
+def _around(
+    scans: list[Scan], coarse: View, y: int, x: int, reach: int, by_shape: bool
+) -> list[Fit]:
+    """The best hypothesis of every kind within `reach` coarse pixels of a place, best first."""
+    best: dict[str, Fit] = {}
+    for one in scans:
+        i0, j0 = max(y - reach - one.row, 0), max(x - reach - one.column, 0)
+        scores = one.shapes if by_shape else one.gains
+        around = scores[
+            i0 : max(y + reach + 1 - one.row, 0), j0 : max(x + reach + 1 - one.column, 0)
+        ]
+        if around.size == 0:
+            continue
+        spots = around.reshape(-1, around.shape[-1])
+        where = spots.argmax(0)
+        for n, (kind, look, size) in enumerate(one.bank.labels):
+            gain = float(spots[where[n], n])
+            key = f"{look.color}{look.letters}" if kind == "sign" else kind
+            if gain > 0 and (key not in best or best[key].gain < gain):
+                di, dj = divmod(int(where[n]), around.shape[1])
+                cy, cx = one.row + i0 + di, one.column + j0 + dj
+                best[key] = Fit(kind, look, size, cx / coarse.width, cy / coarse.height, gain)
+    return sorted(best.values(), key=lambda f: -f.gain)
+
+
+def _dismiss(scans: list[Scan], coarse: View, candidate: Fit) -> None:
+    """Takes out hypotheses like a candidate that came to nothing, and leaves others near it."""
+    cx, cy = round(candidate.x * coarse.width), round(candidate.y * coarse.height)
+    for one in scans:
+        kind, _, size = one.bank.labels[0]
+        if (kind == "sign") != (candidate.kind == "sign"):
+            continue
+        if kind != "sign" and abs(size / candidate.size - 1) > 0.15:
+            continue
+        y0, x0 = cy - 3 - one.row, cx - 3 - one.column
+        one.gains[max(y0, 0) : max(y0 + 7, 0), max(x0, 0) : max(x0 + 7, 0)] = -1
+
+
+def _suppress(scans: list[Scan], coarse: View, match: Fit) -> None:
+    """Takes out every hypothesis that would overlap the object found."""
+    scale = min(coarse.width, coarse.height)
+    width, height = extent(match.kind, match.size, "X" * max(match.look.letters, 1))
+    cx, cy = match.x * coarse.width, match.y * coarse.height
+    for one in scans:
+        for n, (other_width, other_height) in enumerate(one.bank.extents):
+            reach_x = OVERLAP * (width + other_width) * scale / 2
+            reach_y = OVERLAP * (height + other_height) * scale / 2
+            y0, y1 = int(np.ceil(cy - reach_y)), int(np.floor(cy + reach_y)) + 1
+            x0, x1 = int(np.ceil(cx - reach_x)), int(np.floor(cx + reach_x)) + 1
+            rows = slice(max(y0 - one.row, 0), max(y1 - one.row, 0))
+            columns = slice(max(x0 - one.column, 0), max(x1 - one.column, 0))
+            one.gains[rows, columns, n] = one.shapes[rows, columns, n] = -1
+
+
+# Quality
+
+
+def _noise(pixels: Array) -> float:
+    """Standard deviation of the noise, from second differences (smooth shading leaves none)."""
+    second = pixels[:, :-2] - 2 * pixels[:, 1:-1] + pixels[:, 2:]
+    return float(1.4826 * np.median(np.abs(second)) / 6**0.5)
+
+
+def _energy(pixels: Array, where: Array) -> float:
+    dx = np.square(np.diff(pixels, axis=1)[:-1]).sum(-1)
+    dy = np.square(np.diff(pixels, axis=0)[:, :-1]).sum(-1)
+    return float((dx + dy)[where[:-1, :-1]].sum())
+
+
+def _edges(pixels: Array, canvas: Array, ground: Array, noise: float) -> float:
+    """Gradient energy around the objects against that of the clean drawing."""
+    where = _spread(np.abs(canvas - ground).sum(-1) > 0.15, 2)
+    if where.sum() < 20:
+        return 1.0
+    clean = _energy(canvas, where) - _energy(ground, where)
+    there = _energy(pixels, where) - _energy(ground, where) - 12 * noise**2 * where.sum()
+    return there / max(clean, 1e-3)
+
+
+def _spread(mask: Array, reach: int) -> Array:
+    padded = np.pad(mask, reach)
+    size = 2 * reach + 1
+    return np.lib.stride_tricks.sliding_window_view(padded, (size, size)).any(axis=(2, 3))
+
+
+def _extremes(x: Array, reach: int) -> tuple[Array, Array]:
+    """Least and greatest value within `reach` pixels."""
+    image = Image.fromarray((np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8))
+    size = 2 * reach + 1
+    low, high = image.filter(ImageFilter.MinFilter(size)), image.filter(ImageFilter.MaxFilter(size))
+    return np.asarray(low, np.float32) / 255, np.asarray(high, np.float32) / 255
+
+
+def _left_over(pixels: Array, canvas: Array, reach: int) -> float:
+    """Share of the pixels that lie outside the colours the drawing has within `reach` pixels."""
+    low, high = _extremes(canvas, reach)
+    padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width = pixels.shape[:2]
+    smooth = sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9
+    excess = np.maximum(np.maximum(smooth - high, low - smooth), 0).sum(-1)
+    return float((excess > LEFT_OVER).mean())
+
+
+# Verdicts
+
+
+def judge(picture: Image.Image | np.ndarray, sample: Sample) -> Verdict:
+    """Whether the picture shows what the sample's prompt asks for, and nothing else."""
+    finding = find(picture)
+    reasons = list(finding.faults)
+    check = _check_edit if sample.task == "edit" else _check_claims
+    reasons += check(finding, sample)
+    return Verdict(right=not reasons, reasons=tuple(reasons), finding=finding)
+
+
+def _fulfils(found: Found, claim: Claim) -> bool:
+    """Whether an object is as the prompt says; what it leaves unsaid is free."""
+    if found.kind != claim.kind or (claim.word and found.word != claim.word):
+        return False
+    if claim.size and found.size_name != claim.size:
+        return False
+    if claim.pattern:
+        return found.pattern == claim.pattern and _same_pair(found, claim)
+    return not found.pattern and (not claim.color or found.color == claim.color)
+
+
+def _same_pair(found: Found, claim: Claim) -> bool:
+    """The texture's two colours; which is which matters for dots and halves only."""
+    pair = (found.color, found.color2)
+    wanted = (claim.color, claim.color2)
+    return pair == wanted or (claim.pattern not in ("dots", "halves") and pair[::-1] == wanted)
+
+
+def _assign(allowed: list[list[bool]]) -> list[list[int]]:
+    """Every way to give each row its own column: few objects, so plain enumeration."""
+    ways: list[list[int]] = [[]]
+    for row in allowed:
+        ways = [[*w, j] for w in ways for j, ok in enumerate(row) if ok and j not in w]
+    return ways
+
+
+def _check_claims(finding: Finding, sample: Sample) -> list[str]:
+    """Exactly the objects claimed, each as claimed, standing as claimed."""
+    claims, objects = sample.claims, finding.objects
+    reasons = []
+    if claims.background and finding.background != claims.background:
+        reasons.append(f"background {finding.background}, not {claims.background}")
+    if len(objects) != len(claims.objects):
+        return [*reasons, f"{len(objects)} objects, not {len(claims.objects)}: {_list(objects)}"]
+    ways = _assign([[_fulfils(o, c) for o in objects] for c in claims.objects])
+    if not ways:
+        return [*reasons, f"found {_list(objects)}"]
+    boxes = [o.box for o in objects]
+    if not any(
+        all(holds(relation, boxes[way[i]], boxes[way[j]]) for i, relation, j in claims.relations)
+        for way in ways
+    ):
+        reasons.append("the objects do not stand as asked")
+    return reasons
+
+
+def _check_edit(finding: Finding, sample: Sample) -> list[str]:
+    """The change asked for happened, and all else is as it was: objects, places, background."""
+    assert sample.source is not None
+    reasons = []
+    if finding.background != sample.scene.background:
+        reasons.append(f"background {finding.background}, not {sample.scene.background}")
+    objects, wanted = finding.objects, sample.scene.objects
+    if len(objects) != len(wanted):
+        return [*reasons, f"{len(objects)} objects, not {len(wanted)}: {_list(objects)}"]
+    allowed = []
+    for i, (claim, truth) in enumerate(zip(sample.claims.objects, wanted, strict=True)):
+        touched = i in sample.changed
+        allowed.append([_fulfils(o, claim) and _stands(o, truth, sample, touched) for o in objects])
+    ways = _assign(allowed)
+    if not ways:
+        return [*reasons, f"found {_list(objects)}"]
+    if not any(
+        all(
+            holds(relation, objects[way[i]].box, objects[way[j]].box)
+            for i, relation, j in sample.claims.relations
+        )
+        for way in ways
+    ):
+        reasons.append("what was added does not stand as asked")
+    return reasons
+
+
+def _stands(found: Found, truth: Object, sample: Sample, touched: bool) -> bool:
+    """Whether an object is where it has to be after the edit."""
+    if touched and sample.edit == "add":
+        return True  # anywhere, or where its relation says
+    reach = 2 * IN_PLACE if touched and sample.edit == "move" else IN_PLACE
+    if touched and sample.edit == "word":
+        return abs(found.y - truth.y) < reach + 0.03
+    return abs(found.x - truth.x) < reach and abs(found.y - truth.y) < reach
+
+
+def _list(objects: tuple[Found, ...]) -> str:
+    """The objects in words, for a verdict's reasons."""
+    if not objects:
+        return "nothing"
+    named = []
+    for o in objects:
+        texture = f" {o.pattern} {o.color2}" if o.pattern else ""
+        named.append(f"{o.color}{texture} {o.kind}" + (f' "{o.word}"' if o.word else ""))
+    return ", ".join(named)
