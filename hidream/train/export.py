@@ -71,9 +71,9 @@ def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "noise_scale": recipe.objective.noise_scale,
         "sampler": "unipc",
-        "num_inference_steps": 30,
+        "num_inference_steps": 25,
         "guidance_scale": 2.0,
-        "shift": 1.0,
+        "shift": 3.0,
         "width": size,
         "height": size,
         "reference_budgets": {

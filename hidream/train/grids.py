@@ -66,7 +66,7 @@ def sample_pictures(
         return first, second
 
     denoise = cfg_batched(conditional, branches, guidance_scale)
-    patches = euler(denoise, noise_scale * noise.to(device), full_sigmas(num_steps, shift=1.0))
+    patches = euler(denoise, noise_scale * noise.to(device), full_sigmas(num_steps, shift=3.0))
     pixels = unpatchify(patches, asked[0].grid, config.patch_size)
     return [to_picture(picture) for picture in pixels]
 
