@@ -1,6 +1,6 @@
 """What all tests share; while they run, shapes and types of the tensor code are checked.
 
-The check costs some 20 % of the tests' time. What users hand over unchecked (requests, pictures)
+What users hand over unchecked (requests, pictures)
 is not in it: there the code itself must refuse.
 """
 

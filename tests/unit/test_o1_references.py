@@ -93,15 +93,20 @@ def test_a_reference_of_its_size_already_stays_as_it_is():
     assert tiny.levels(fit_to_area(picture, 128, 16), picture) == 0
 
 
-def test_cropped_from_the_centre():
+@pytest.mark.parametrize("size", [(70, 40), (60, 40), (40, 70), (40, 60)])
+def test_cropped_from_the_centre(size):
     """Nothing of a picture is stretched: what is too much goes on both sides alike."""
-    picture = Image.new("RGB", (70, 40), (255, 255, 255))
-    picture.paste(BLACK, (35, 0, 70, 40))
-    fitted = fit_to_area(picture, 52, 16)
-    assert fitted.size == (64, 32)
-    row = np.array(fitted)[16, :, 0]
-    assert (row[:30] == 255).all()
-    assert (row[34:] == 0).all()
+    width, height = size
+    picture = Image.new("RGB", size, (255, 0, 0))
+    picture.paste((0, 255, 0), (width // 2, 0, width, height))
+    picture.paste((255, 0, 255), (0, height // 2, width // 2, height))
+    picture.paste((0, 255, 255), (width // 2, height // 2, width, height))
+    fitted = np.array(fit_to_area(picture, 52, 16)).astype(int)
+    assert fitted.shape[0] / fitted.shape[1] != height / width
+    red, blue = fitted[..., 0], fitted[..., 2]
+    assert abs(red.mean() - 127.5) < 5  # half a pixel is 4
+    assert abs(blue.mean() - 127.5) < 5
+    assert red[:, : red.shape[1] // 2 - 2].min() == blue[blue.shape[0] // 2 + 2 :].min() == 255
 
 
 def test_large_pictures_are_halved_first():

@@ -329,11 +329,13 @@ def test_what_differs_in_size_or_schedule_is_another_batch(pipe, seen):
         request(seed=9, sigmas=(0.9, 0.4)),
         request(seed=10, width=32),
         request(seed=11),
+        request(seed=12, init_image=tiny.picture(0, 64, 64), strength=0.5),
+        request(seed=13, init_image=tiny.picture(0, 64, 64), strength=1),
     ]
     outs = pipe(items)
-    assert [out.seeds[0] for out in outs] == list(range(1, 12))
+    assert [out.seeds[0] for out in outs] == list(range(1, 14))
     grouped = sorted(tuple(job.seed for job in jobs) for jobs in batches)
-    assert grouped == [(1, 11), (2, 10), (3,), (4,), (5,), (6,), (7,), (8,), (9,)]
+    assert grouped == [(1, 11), (2, 10), (3,), (4,), (5,), (6,), (7,), (8,), (9,), (12,), (13,)]
     assert outs[9].images[0].size == (32, 64)
 
 
@@ -590,6 +592,8 @@ def test_dev_folders(tiny_folder, tmp_path):
     assert out.request.noise_clip_std == 2.5
     assert out.num_forwards == 28
     assert load(folder, device="cpu").spec.variant == "full"
+    edit = load(folder, device="cpu", variant="dev")("red", references=(tiny.picture(0),))
+    assert (edit.request.sampler, edit.request.noise_scale) == ("euler", 8.0)
 
 
 @pytest.mark.parametrize(
