@@ -1,7 +1,6 @@
 """What all tests share; while they run, shapes and types of the tensor code are checked.
 
-What users hand over unchecked (requests, pictures)
-is not in it: there the code itself must refuse.
+What users hand over unchecked (requests, pictures) is not in it: there the code itself must refuse.
 """
 
 from pathlib import Path
