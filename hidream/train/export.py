@@ -69,6 +69,7 @@ def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
         "family": "o1",
         "variant": "full",
         "patch_size": config.patch_size,
+        "bottleneck_size": config.bottleneck_size,
         "noise_scale": recipe.objective.noise_scale,
         "sampler": "unipc",
         "num_inference_steps": 25,

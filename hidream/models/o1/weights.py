@@ -78,6 +78,7 @@ def save_o1(
     names = tensor_shapes(model)
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name in names}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     _write_json(path / "config.json", model.config.to_dict(tokenizer.special))
     if settings is not None:
         _write_json(path / "hidream.json", settings)
