@@ -34,17 +34,12 @@ WORDS = (" red", " blue", " cube", " sphere", " the", " of", " make", "red", "us
 WORDS += ("\n ",)  # not split before BPE, unlike in Qwen's: what stands before a prompt counts
 SETTINGS = {
     "variant": "full",
-    "patch_size": 16,
     "width": 64,
     "height": 64,
     "noise_scale": 2.0,
     "num_inference_steps": 4,
     "guidance_scale": 3.0,
     "shift": 1.0,
-    "reference_budgets": {
-        "sides": [list(row) for row in O1_TINY.budgets.sides],
-        "vision_sides": [list(row) for row in O1_TINY.budgets.vision_sides],
-    },
 }
 
 

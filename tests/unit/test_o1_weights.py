@@ -90,6 +90,17 @@ def test_saved_over_itself(folder):
     assert equal(load_o1(folder)[0], model)
 
 
+def test_a_folder_says_what_its_config_cannot(tmp_path, tokenizer):
+    """Patch, bottleneck and budgets are in no published config.json: they are always written."""
+    config = replace(O1_TINY, patch_size=8, bottleneck_size=24, budgets=ReferenceBudgets())
+    model = tiny.random_o1(config)
+    save_o1(model, tmp_path, tokenizer=tokenizer)
+    loaded, _ = load_o1(tmp_path)
+    assert loaded.config == config
+    assert equal(loaded, model)
+    assert loaded.model.x_embedder.proj1.weight.shape == (24, 3 * 8 * 8)
+
+
 def test_dtype_is_the_loaders_choice(tiny_folder, tiny_model):
     loaded, _ = load_o1(tiny_folder, dtype=torch.bfloat16)
     assert equal(loaded, tiny.random_o1().to(torch.bfloat16))
@@ -296,14 +307,7 @@ def test_no_folder(tmp_path, refused):
 @pytest.mark.parametrize("name", SIZES)
 def test_a_config_survives_its_file(name, tokenizer):
     config = SIZES[name]
-    settings = {
-        "patch_size": config.patch_size,
-        "reference_budgets": {
-            "sides": config.budgets.sides,
-            "vision_sides": config.budgets.vision_sides,
-        },
-    }
-    written = json.loads(json.dumps([config.to_dict(tokenizer.special), settings]))
+    written = json.loads(json.dumps([config.to_dict(tokenizer.special), config.to_settings()]))
     assert O1Config.from_dict(*written) == config
 
 

@@ -101,13 +101,13 @@ class O1Config:
     """HiDream-O1-Image.
 
     `patch_size`: side of a generated pixel patch. `bottleneck_size`: values that a patch is
-    squeezed to on its way in; published is a quarter of the width (0 stands for it).
+    squeezed to on its way in; None is a quarter of the width, as published.
     """
 
     text: TextConfig
     vision: VisionConfig
     patch_size: int = 32
-    bottleneck_size: int = 0
+    bottleneck_size: int | None = None
     has_lm_head: bool = True
     tie_word_embeddings: bool = False
     budgets: ReferenceBudgets = field(default_factory=ReferenceBudgets)
@@ -115,13 +115,13 @@ class O1Config:
     def __post_init__(self) -> None:
         _check_counts(self)
 
-    def __post_init__(self) -> None:
-        if not self.bottleneck_size:
-            object.__setattr__(self, "bottleneck_size", self.text.hidden_size // 4)
-
     @property
     def patch_dim(self) -> int:
         return 3 * self.patch_size**2
+
+    @property
+    def bottleneck_dim(self) -> int:
+        return self.bottleneck_size or self.text.hidden_size // 4
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], settings: Mapping[str, Any] = {}) -> O1Config:
@@ -167,10 +167,21 @@ class O1Config:
                 temporal_patch_size=vision["temporal_patch_size"],
             ),
             patch_size=settings.get("patch_size", 32),
-            bottleneck_size=settings.get("bottleneck_size", 0),
+            bottleneck_size=settings.get("bottleneck_size"),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             budgets=ReferenceBudgets(**budgets),
         )
+
+    def to_settings(self) -> dict[str, Any]:
+        """What `hidream.json` must say beside `config.json` to give this configuration again."""
+        return {
+            "patch_size": self.patch_size,
+            "bottleneck_size": self.bottleneck_size,
+            "reference_budgets": {
+                "sides": [list(row) for row in self.budgets.sides],
+                "vision_sides": [list(row) for row in self.budgets.vision_sides],
+            },
+        }
 
     def to_dict(self, special_tokens: Mapping[str, int]) -> dict[str, Any]:
         """The published `config.json`; `special_tokens` maps a token's text to its id."""
@@ -229,7 +240,8 @@ def _check_counts(part: Any) -> None:
     """Raise ValueError unless every int of a configuration is one, above 0."""
     for item in fields(part):
         value = getattr(part, item.name)
-        if item.type == "int" and not (type(value) is int and value > 0):
+        counts = item.type == "int" or (item.type == "int | None" and value is not None)
+        if counts and not (type(value) is int and value > 0):
             raise ValueError(f"{item.name}={value!r} is not a whole number above 0")
 
 
@@ -258,7 +270,6 @@ O1_8B = O1Config(
 # published dense models of that class, the vision tower as at 8B.
 O1_PRO = replace(
     O1_8B,
-    bottleneck_size=0,
     text=TextConfig(
         hidden_size=14336,
         intermediate_size=43008,
@@ -303,7 +314,7 @@ O1_NANO = O1Config(
 # For tests: every part is there, nothing is large.
 O1_TINY = replace(
     O1_NANO,
-    bottleneck_size=0,
+    bottleneck_size=None,
     text=replace(
         O1_NANO.text,
         hidden_size=64,

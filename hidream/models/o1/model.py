@@ -248,7 +248,7 @@ class UiT(nn.Module):
         self.visual = VisionTower(config.vision, out_size=size)
         self.language_model = Decoder(config.text)
         self.t_embedder1 = TimestepEmbedder(size)
-        self.x_embedder = BottleneckPatchEmbedding(config.patch_dim, config.bottleneck_size, size)
+        self.x_embedder = BottleneckPatchEmbedding(config.patch_dim, config.bottleneck_dim, size)
         self.final_layer2 = PixelHead(size, config.patch_dim)
 
 
@@ -272,10 +272,10 @@ class TimestepEmbedder(nn.Module):
 class BottleneckPatchEmbedding(nn.Module):
     """A patch's pixels → a few values (published: width / 4) → the width; linear throughout."""
 
-    def __init__(self, patch_dim: int, bottleneck_size: int, size: int):
+    def __init__(self, patch_dim: int, bottleneck_dim: int, size: int):
         super().__init__()
-        self.proj1 = nn.Linear(patch_dim, bottleneck_size, bias=False)
-        self.proj2 = nn.Linear(bottleneck_size, size)
+        self.proj1 = nn.Linear(patch_dim, bottleneck_dim, bias=False)
+        self.proj2 = nn.Linear(bottleneck_dim, size)
 
     def forward(self, patches: Float[Tensor, "*b n p"]) -> Float[Tensor, "*b n d"]:
         return self.proj2(self.proj1(patches))

@@ -80,8 +80,7 @@ def save_o1(
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     _write_json(path / "config.json", model.config.to_dict(tokenizer.special))
-    if settings is not None:
-        _write_json(path / "hidream.json", settings)
+    _write_json(path / "hidream.json", {**(settings or {}), **model.config.to_settings()})
     for name in TOKENIZER_FILES:
         source = tokenizer.folder / name
         if source.is_file() and source.resolve() != (path / name).resolve():
