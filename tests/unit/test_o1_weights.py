@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hidream.errors import ModelError
+from hidream.folder import SHIPPED
 from hidream.models import loading
 from hidream.models.o1.config import O1_NANO, O1_TINY, SIZES, O1Config, ReferenceBudgets
 from hidream.models.o1.model import O1
@@ -90,6 +91,14 @@ def test_saved_over_itself(folder):
     assert equal(load_o1(folder)[0], model)
 
 
+def test_not_saved_among_shards(folder, tokenizer, tiny_model):
+    """Their index would still lead to them."""
+    names = shard(folder)
+    with pytest.raises(ModelError, match=f"other weights: {names[0]}"):
+        save_o1(tiny_model, folder, tokenizer=tokenizer)
+    assert not (folder / WEIGHTS).exists()
+
+
 def test_a_folder_says_what_its_config_cannot(tmp_path, tokenizer):
     """Patch, bottleneck and budgets are in no published config.json: they are always written."""
     config = replace(O1_TINY, patch_size=8, bottleneck_size=24, budgets=ReferenceBudgets())
@@ -167,6 +176,15 @@ def test_weights_are_read_once(tiny_folder, monkeypatch):
     places = {tensor.data_ptr() for tensor in read}
     assert len(read) == len(model.state_dict())
     assert {weight.data_ptr() for weight in model.parameters()} == places
+
+
+def test_what_ships_is_whole_and_small():
+    folder = verify_folder(SHIPPED / "o1_nano")
+    assert sum(file.stat().st_size for file in folder.path.iterdir()) <= 64e6
+    model, tokenizer = load_o1(folder.path)
+    assert model.lm_head is not None
+    assert max(tokenizer.special.values()) < model.config.text.vocab_size
+    assert folder.settings["name"] == "o1-nano"
 
 
 # -- refused ---------------------------------------------------------------------------------------

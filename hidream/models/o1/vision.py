@@ -35,7 +35,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbedding(config)
         table = torch.zeros(config.num_positions, config.hidden_size)
-        self.pos_embed = nn.Embedding(*table.shape, _weight=table)
+        self.pos_embed = nn.Embedding(config.num_positions, config.hidden_size, _weight=table)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
         self.merger = Merger(config, out_size, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(

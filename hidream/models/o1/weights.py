@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from hidream.errors import ModelError
 from hidream.folder import Folder, open_folder
 from hidream.models.loading import check_tensors, load_weights, tensor_shapes
 from hidream.models.o1.config import O1Config
@@ -19,6 +20,7 @@ from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer
 from hidream.nn.attention import Backend
 
+WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -72,13 +74,19 @@ def load_o1(
 def save_o1(
     model: O1, path: str | Path, *, tokenizer: Tokenizer, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `model` as a folder that `load_o1` reads: weights, config, tokenizer, hidream.json."""
+    """Write `model` as a folder that `load_o1` reads: weights, config, tokenizer, hidream.json.
+
+    Raises ModelError where the folder holds shards, which would be read beside or instead.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    others = sorted(f.name for f in path.glob("model*.safetensors*") if f.name != WEIGHTS)
+    if others:
+        raise ModelError(f"{path} holds other weights: {others[0]}.", "Save to another folder.")
     names = tensor_shapes(model)
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name in names}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    (path / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
     _write_json(path / "config.json", model.config.to_dict(tokenizer.special))
     _write_json(path / "hidream.json", {**(settings or {}), **model.config.to_settings()})
     for name in TOKENIZER_FILES:
