@@ -78,9 +78,10 @@ def _world(argv: list[str]) -> int:
     print(f"{heads} {'ceiling':>8} {'floor':>6}")
     for name, row in result["categories"].items():
         low, high = row["ci95"]
+        floor = "–" if row["floor"] is None else f"{row['floor']:.3f}"
         print(
             f"{name:<20} {row['n']:>5} {row['accuracy']:>9.3f} {f'{low:.3f} … {high:.3f}':>15} "
-            f"{row['ceiling']:>8.3f} {row['floor']:>6.3f}"
+            f"{row['ceiling']:>8.3f} {floor:>6}"
         )
     print("the judge: " + ", ".join(f"{name} {value}" for name, value in result["judge"].items()))
     return 0

@@ -1,0 +1,1 @@
+"""Evaluation: suites that generate, judge and count."""
