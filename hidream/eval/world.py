@@ -58,7 +58,8 @@ def run(
     """
     say = on_progress or (lambda text: None)
     rows: dict[str, dict[str, Any]] = {}
-    side, settings = 0, {}
+    side = 0
+    settings: dict[str, Any] = {}
     for category in categories:
         items = [
             sample("text_to_image", eval_seed(seed), index, category=category)

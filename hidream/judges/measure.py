@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -135,7 +136,7 @@ def _draw(item: Sample, objects: tuple[Object, ...], side: int) -> Picture:
     return render(Scene(objects=objects, background=item.scene.background), side, side)
 
 
-def _changed(item: Sample, i: int, **fields: str) -> tuple[Object, ...]:
+def _changed(item: Sample, i: int, **fields: Any) -> tuple[Object, ...]:
     objects = item.scene.objects
     return (*objects[:i], replace(objects[i], **fields), *objects[i + 1 :])
 

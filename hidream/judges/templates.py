@@ -67,7 +67,7 @@ class Stamp:
 @lru_cache(maxsize=256)
 def _mean_letter(letters: int, side: int) -> Image.Image:
     masks = [np.asarray(letter_mask(x, letters, side), np.float32) for x in LETTERS]
-    return Image.fromarray((sum(masks) / len(masks)).astype(np.uint8))
+    return Image.fromarray(np.mean(masks, axis=0).astype(np.uint8))
 
 
 @lru_cache(maxsize=6000)

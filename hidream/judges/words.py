@@ -64,7 +64,8 @@ def _read(found: Fit, at: View) -> tuple[str, list[float]]:
     flat = flat - flat.mean(1, keepdims=True)
     flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     along = ink - board
-    word, scores = "", []
+    word = ""
+    scores: list[float] = []
     for i in range(found.look.letters):
         left, top = round(x0 + i * cell) - REACH, round(y0) - REACH
         ys = slice(max(top, 0), top + height + 2 * REACH)

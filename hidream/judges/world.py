@@ -107,7 +107,8 @@ def find(picture: Image.Image | np.ndarray) -> Finding:
     side = min(image.size)
     fine = FINE if side >= FINE else 64
     unit = fine // COARSE
-    size = tuple(round(length * COARSE / side) * unit for length in image.size)
+    columns, rows = (round(length * COARSE / side) * unit for length in image.size)
+    size = (columns, rows)
     noise = _noise(np.asarray(image, np.float32) / 255)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BOX, reducing_gap=None)
@@ -325,7 +326,8 @@ def _edges(pixels: Array, canvas: Array, ground: Array, noise: float) -> float:
 def _spread(mask: Array, reach: int) -> Array:
     padded = np.pad(mask, reach)
     size = 2 * reach + 1
-    return np.lib.stride_tricks.sliding_window_view(padded, (size, size)).any(axis=(2, 3))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size))
+    return np.asarray(windows.any(axis=(2, 3)))
 
 
 def _extremes(x: Array, reach: int) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from PIL import Image
 from hidream.errors import MemoryExceeded, UsageError
 from hidream.folder import locate
 from hidream.models.o1.model import O1
-from hidream.models.o1.tokens import Tokenizer, Tokens, encode
+from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.models.o1.weights import load_o1
 from hidream.pictures import read_mask, read_picture
 from hidream.pipelines.denoise import Counter, Job, Source, batch_key, denoise_batch
@@ -181,18 +181,17 @@ class Pipeline:
             curve = dev_sigmas(request.num_inference_steps)
             request = replace(request, sigmas=tuple(curve.tolist()[:-1]))
 
-        def tokens(prompt: str) -> Tokens:
-            return encode(
-                self.tokenizer,
-                self.model.config,
-                prompt,
-                width=request.width,
-                height=request.height,
-                references=references,
-                layout=request.layout or (),
-            )
-
-        conditional, unconditional = tokens(request.prompt), tokens(request.negative_prompt)
+        tokenizer, config = self.tokenizer, self.model.config
+        conditional = encode(
+            tokenizer,
+            config,
+            request.prompt,
+            width=request.width,
+            height=request.height,
+            references=references,
+            layout=request.layout or (),
+        )
+        unconditional = with_prompt(conditional, tokenizer, config, request.negative_prompt)
         kept = None
         if source is not None:
             mask = read_mask(request.mask, source.size) if request.mask is not None else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -258,10 +259,11 @@ def _build(
             x=round(x, 4),
             y=round(y, 4),
             word=parts[i].word,
-            pattern=parts[i].subject.pattern if parts[i].subject else "",
-            color2=parts[i].subject.color2 if parts[i].subject else "",
+            pattern=subject.pattern if subject else "",
+            color2=subject.color2 if subject else "",
         )
         for i, (x, y) in zip(members, centres, strict=True)
+        for subject in [parts[i].subject]
     )
     return Scene(objects=objects, background=background), pairs, tuple(sizes)
 
@@ -287,7 +289,7 @@ def _claims(
     return Claims(objects=objects, relations=pairs, background=background)
 
 
-def _things(dice: Dice, count: int, *, same_kind: float = 0.0, **fields: bool) -> tuple[_Part, ...]:
+def _things(dice: Dice, count: int, *, same_kind: float = 0.0, **fields: Any) -> tuple[_Part, ...]:
     """Single objects of different kinds and colours; with a chance, one kind in several colours."""
     colors = dice.some(COLORS, count)
     kinds = dice.some(_KINDS, count)
@@ -684,12 +686,12 @@ def _subject_noun(dice: Dice, i: int, subject: Subject, count: int) -> str:
     if count == 1:
         ways = ("the {} in the picture", "the {} from the picture", "this {}", "the {}")
         return dice.pick(ways).format(what)
-    ways = (
+    places = (
         f"the {what} in the {_ORDINALS[i]} picture",
         f"the {what} from picture {i + 1}",
         f"the {_ORDINALS[i]} object",
     )
-    return dice.pick(ways)
+    return dice.pick(places)
 
 
 # Language and understanding

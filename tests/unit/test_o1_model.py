@@ -8,8 +8,8 @@ import torch
 
 from hidream.models.o1.batch import collate
 from hidream.models.o1.config import O1_8B, O1_NANO, O1_PRO, O1_TINY
-from hidream.models.o1.model import O1, Prefix
-from hidream.models.o1.tokens import encode
+from hidream.models.o1.model import O1, Prefix, _place
+from hidream.models.o1.tokens import encode, with_prompt
 from hidream.sampling import dev_sigmas, full_sigmas, shift_sigma
 from hidream.sampling.schedules import DEV_TIMESTEPS
 from tests import tiny
@@ -219,10 +219,10 @@ def test_positions_count(tiny_model, make):
 def test_vision_tokens_take_the_placeholders(tiny_model, make):
     """Also where some requests of the batch have pictures and others have none."""
     requests = [make("red"), make("the cube", 2), make("a", 1)]
-    hidden, deepstack = tiny_model._place_images(
-        tiny_model.model.language_model.embed_tokens(torch.cat([t.input_ids for t in requests])),
-        requests,
-    )
+    ids = torch.cat([t.input_ids for t in requests])
+    embedded = tiny_model.model.language_model.embed_tokens(ids)
+    slots = torch.cat([t.image_slots for t in requests]).nonzero()[:, 0]
+    hidden, deepstack = _place(embedded, slots, tiny_model._see(requests, embedded))
     assert len(deepstack) == len(O1_TINY.vision.deepstack_layers)
     start = 0
     for tokens in requests:
@@ -444,3 +444,30 @@ def test_tied_embeddings_are_one_tensor():
     model = O1(replace(O1_TINY, tie_word_embeddings=True))
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert O1(replace(O1_TINY, has_lm_head=False)).lm_head is None
+
+
+def test_both_branches_of_a_request_see_its_pictures_once(tiny_model, tokenizer, make, monkeypatch):
+    """The vision tower runs once for prompts that share pictures, with the same result."""
+    conditional = make("the cube on a table", 2)
+    shared = with_prompt(conditional, tokenizer, tiny_model.config, " ")
+    apart = make(" ", 2)
+    for name in ("input_ids", "position_ids", "image_slots", "references", "pixel_values"):
+        assert torch.equal(getattr(shared, name), getattr(apart, name)), name
+    seen = []
+    tower = tiny_model.model.visual
+    monkeypatch.setattr(type(tower), "forward", _counting(type(tower).forward, seen), raising=True)
+    once = tiny_model.prefill([conditional, shared])
+    assert seen == [2]
+    twice = tiny_model.prefill([conditional, apart])
+    assert seen == [2, 4]
+    for one, other in zip(once.keys, twice.keys, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def _counting(forward, seen):
+    def counted(self, patches, grids):
+        seen.append(len(grids))
+        return forward(self, patches, grids)
+
+    return counted

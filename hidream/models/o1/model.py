@@ -4,7 +4,7 @@
                         ↑                              ↑
                      lm_head                     final_layer2
     ┌───────────────────┴──────────────────────────────┴───────────────────────┐
-    │  language_model: Decoder – text rows read backwards, generated rows all  │
+    │  language_model: Decoder – text reads what is before it, generated all  │
     └──────↑───────────────↑──────────────────↑─────────↑───────────────↑──────┘
       visual (ViT)   embed_tokens        t_embedder1  x_embedder    x_embedder
            ↑               ↑                  ↑         ↑               ↑
@@ -93,7 +93,10 @@ class O1(nn.Module):
     ) -> Prediction:
         """The whole sequence with a dense mask. Without `x_t`, text alone: logits, no picture."""
         uit, num_text = self.model, batch.input_ids.shape[1]
-        hidden, deepstack = self._embed_text(batch)
+        hidden, vision = uit.language_model.embed_tokens(batch.input_ids), None
+        if batch.pixel_values is not None:
+            vision = uit.visual(batch.pixel_values.to(hidden), list(batch.image_grids))
+        hidden, deepstack = _place(hidden, batch.image_slots, vision)
         if x_t is not None:
             if sigma is None:
                 raise ValueError("x_t needs its sigma")
@@ -120,9 +123,11 @@ class O1(nn.Module):
         """Keys and values of every request's causal tokens, embedded references, angles."""
         uit, backend = self.model, self.attention_backend
         device = uit.language_model.embed_tokens.weight.device
+        ids = torch.cat([r.input_ids for r in requests]).to(device)
+        hidden = uit.language_model.embed_tokens(ids)
+        slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0].to(device)
+        hidden, deepstack = _place(hidden, slots, self._see(requests, hidden))
         requests = [tokens.to(device) for tokens in requests]
-        hidden = uit.language_model.embed_tokens(torch.cat([r.input_ids for r in requests]))
-        hidden, deepstack = self._place_images(hidden, requests)
         lengths = [len(r.input_ids) for r in requests]
         keys: list[tuple[Tensor, ...]] = []
         values: list[tuple[Tensor, ...]] = []
@@ -208,35 +213,37 @@ class O1(nn.Module):
                 module.reset_parameters()
         nn.init.zeros_(self.model.final_layer2.linear.weight)
 
-    def _embed_text(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        hidden = self.model.language_model.embed_tokens(batch.input_ids)
-        if batch.pixel_values is None:
-            return hidden, ()
-        vision = self.model.visual(batch.pixel_values.to(hidden), list(batch.image_grids))
-        hidden, deepstack = _scatter(hidden.flatten(0, 1), batch.image_slots, vision)
-        shape = (*batch.input_ids.shape, -1)
-        return hidden.view(shape), tuple(d.view(shape) for d in deepstack)
+    def _see(self, requests: Sequence[Tokens], like: Float[Tensor, "l d"]) -> VisionTokens | None:
+        """The vision tower's tokens of all requests; pictures that some share are seen once."""
+        seeing = [r for r in requests if r.image_grids]
+        distinct = {id(r.pixel_values): r for r in seeing}
+        if not distinct:
+            return None
+        pixels = torch.cat([r.pixel_values for r in distinct.values()]).to(like)
+        vision = self.model.visual(pixels, [g for r in distinct.values() for g in r.image_grids])
+        lengths = [int(r.image_slots.sum()) for r in distinct.values()]
 
-    def _place_images(
-        self, hidden: Float[Tensor, "l d"], requests: Sequence[Tokens]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        grids = [grid for r in requests for grid in r.image_grids]
-        if not grids:
-            return hidden, ()
-        pixels = torch.cat([r.pixel_values for r in requests])
-        slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0]
-        return _scatter(hidden, slots, self.model.visual(pixels.to(hidden), grids))
+        def for_each(packed: Tensor) -> Tensor:
+            pieces = dict(zip(distinct, packed.split(lengths), strict=True))
+            return torch.cat([pieces[id(r.pixel_values)] for r in seeing])
+
+        return VisionTokens(for_each(vision.tokens), tuple(map(for_each, vision.deepstack)))
 
 
-def _scatter(
-    hidden: Float[Tensor, "l d"], slots: Int[Tensor, " v"], vision: VisionTokens
+def _place(
+    hidden: Float[Tensor, "*b l d"], slots: Int[Tensor, " v"], vision: VisionTokens | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Vision tokens take the placeholders' places; their deepstack companions start from zero."""
-    zero = torch.zeros_like(hidden)
-    return (
-        hidden.index_copy(0, slots, vision.tokens.to(hidden.dtype)),
-        tuple(zero.index_copy(0, slots, d.to(hidden.dtype)) for d in vision.deepstack),
-    )
+    """Vision tokens take the placeholders' places; their deepstack companions start from zero.
+
+    `slots` are indices into the flattened text.
+    """
+    if vision is None:
+        return hidden, ()
+    flat = hidden.flatten(0, -2)
+    zero = torch.zeros_like(flat)
+    placed = flat.index_copy(0, slots, vision.tokens.to(flat.dtype))
+    deepstack = (zero.index_copy(0, slots, d.to(flat.dtype)) for d in vision.deepstack)
+    return placed.view_as(hidden), tuple(d.view_as(hidden) for d in deepstack)
 
 
 class UiT(nn.Module):

@@ -137,10 +137,17 @@ class Tokenizer:
 
     @cached_property
     def _render(self):
+        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(self._template).render
+        try:
+            return environment.from_string(self._template).render
+        except TemplateError as error:
+            raise ModelError(
+                f"the chat template in {self.folder} is damaged ({error}).",
+                "Download or copy the folder again.",
+            ) from error
 
     def _parts(self, num_images: int) -> list[str]:
         """The chat around the caption, cut at special tokens."""
@@ -213,31 +220,44 @@ def encode_prepared(
     image_grids = tuple(
         (c.height // vision.patch_size, c.width // vision.patch_size) for c in copies
     )
-    merged = [(rows // vision.merge_size, cols // vision.merge_size) for rows, cols in image_grids]
-
-    ids, caption = tokenizer.chat(prompt, [rows * columns for rows, columns in merged])
-    ids.append(tokenizer.special["<|boi_token|>"])
-    input_ids = torch.tensor(ids)
-    image_slots = input_ids.eq(tokenizer.special["<|image_pad|>"])
-
     grid = (height // patch, width // patch)
     generated = [grid, *((p.height // patch, p.width // patch) for p in prepared)]
-    position_ids = torch.cat(
-        [text_positions(image_slots, merged, num_after=1), patch_positions(generated)], dim=1
-    )
     patches = [patchify(to_tensor(picture), patch) for picture in prepared]
     pixels = [
         vision_patches(c, vision.patch_size, vision.merge_size, vision.temporal_patch_size)
         for c in copies
     ]
-    return Tokens(
-        input_ids=input_ids,
-        position_ids=position_ids,
+    without_text = Tokens(
+        input_ids=torch.zeros(0, dtype=torch.long),
+        position_ids=torch.cat([torch.zeros(3, 1), patch_positions(generated)], dim=1).long(),
         references=torch.cat(patches) if patches else torch.zeros(0, config.patch_dim),
-        image_slots=image_slots,
+        image_slots=torch.zeros(0, dtype=torch.bool),
         pixel_values=torch.cat(pixels) if pixels else torch.zeros(0, vision.patch_dim),
         image_grids=image_grids,
         grid=grid,
+        caption=slice(0, 0),
+    )
+    return with_prompt(without_text, tokenizer, config, prompt)
+
+
+def with_prompt(tokens: Tokens, tokenizer: Tokenizer, config: O1Config, prompt: str) -> Tokens:
+    """The same request under another prompt, as the unconditional branch is.
+
+    Pictures are shared, not copied: the vision tower then sees them once for both.
+    """
+    merge = config.vision.merge_size
+    merged = [(rows // merge, columns // merge) for rows, columns in tokens.image_grids]
+    ids, caption = tokenizer.chat(prompt, [rows * columns for rows, columns in merged])
+    ids.append(tokenizer.special["<|boi_token|>"])
+    input_ids = torch.tensor(ids)
+    image_slots = input_ids.eq(tokenizer.special["<|image_pad|>"])
+    text = text_positions(image_slots, merged, num_after=1)  # and the timestep token
+    patches = tokens.position_ids[:, len(tokens.input_ids) + 1 :]
+    return replace(
+        tokens,
+        input_ids=input_ids,
+        position_ids=torch.cat([text, patches], dim=1),
+        image_slots=image_slots,
         caption=caption,
     )
 
