@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for task in ("text_to_image", "edit", "subject"):
         shown = [(r["samples"] / 1000, r[f"loss_{task}"]) for r in rows if f"loss_{task}" in r]
         axes.plot(*zip(*shown, strict=True), label=task.replace("_", " "))
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         if before["stage"] != after["stage"]:
             axes.axvline(before["samples"] / 1000, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="thousand samples seen", ylabel="velocity loss", yscale="log")
@@ -65,7 +66,7 @@ def main() -> None:
     try:
         plot(rows, out.with_suffix(".png"))
     except ImportError:
-        print("matplotlib is not installed: no picture")
+        sys.stderr.write("matplotlib is not installed: no picture\n")
 
 
 if __name__ == "__main__":

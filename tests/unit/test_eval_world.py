@@ -1,4 +1,4 @@
-"""The world's suite with stand-ins for a model: one that draws the truth, one that draws nothing."""
+"""The world's suite with two stand-ins for a model: one draws the truth, one nothing."""
 
 from dataclasses import dataclass
 
