@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hidream.models.o1.config import O1_TINY
+from hidream.models.o1.model import _place
 from hidream.models.o1.tokens import encode
 from hidream.nn.attention import attention
 from tests import tiny
@@ -96,7 +97,8 @@ def test_decoder(tiny_model, theirs, tokens, with_pictures):
     positions = tokens.position_ids[:, : len(hidden)]
     slots, deepstack, features = tokens.image_slots, (), None
     if with_pictures:
-        hidden, deepstack = tiny_model._place_images(hidden, [tokens])
+        vision = tiny_model._see([tokens], hidden)
+        hidden, deepstack = _place(hidden, slots.nonzero()[:, 0], vision)
         features = [stack[slots] for stack in deepstack]
     our_layers, our_hooks = record(decoder.layers)
     their_layers, their_hooks = record(theirs["language_model"].layers)
