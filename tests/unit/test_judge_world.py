@@ -6,7 +6,8 @@ from PIL import Image, ImageFilter
 
 from hidream.judges.measure import DAMAGES, measure_judge
 from hidream.judges.world import find, judge
-from hidream.world.scene import Dice
+from hidream.world import render
+from hidream.world.scene import BACKGROUNDS, Dice, Scene
 from hidream.world.tasks import CATEGORIES, eval_seed, sample
 
 SEED = 321
@@ -72,8 +73,11 @@ def test_what_is_found_is_what_is_there():
         assert abs(match.y - o.y) < 0.02
 
 
-def test_an_empty_picture_shows_nothing():
-    assert find(Image.new("RGB", (128, 128), (120, 180, 80))).objects == ()
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_an_empty_scene_shows_nothing(background):
+    found = find(render(Scene(objects=(), background=background), 128, 128))
+    assert found.objects == ()
+    assert found.background == background
 
 
 def test_the_figures_cover_every_category():
