@@ -24,6 +24,7 @@ from hidream.world.scene import COLORS, PATTERNS
 KEEP_COARSE = 0.5  # candidates within this share of the best coarse score are looked at closely
 KEEP_MIDDLE = 0.6  # and of those, in the middle resolution, these
 WELL = 0.85  # an explanation of less than this share of its contrast is looked at again
+MOST_BESIDE = 0.12  # of an object's area, that may be in front around it: else it may be a half
 TEXTURE_GAIN = 0.62  # a texture must leave less than this share of the plain colour's error
 
 
@@ -53,7 +54,7 @@ def explain(
     finalists = _final(at, middle)
     best = finalists[0]
     energy = contrast(at, best)
-    if best.kind != "sign" and best.gain < WELL * energy:
+    if best.kind != "sign" and (best.gain < WELL * energy or _beside(at, best) > MOST_BESIDE):
         # A texture, or an unusual place or size: go by the silhouette, whatever is inside it.
         guesses = [c for c in [*shapes[:4], *candidates[:3]] if c.kind != "sign"]
         outlined = [_outline(views[64], c, 2) for c in guesses]
@@ -75,6 +76,20 @@ def explain(
         purity=min((_purity(at, best, f) for f in others), default=1.0),
         signs=tuple(f for f in finalists if f.kind == "sign"),
     )
+
+
+def _beside(at: View, best: Fit) -> float:
+    """What stands in front of the background right around an object, in units of its area."""
+    cover = silhouette(best.kind, best.size, at.side)
+    height, width = cover.shape
+    top = round(best.y * at.height - height / 2) + at.room
+    left = round(best.x * at.width - width / 2) + at.room
+    front = at.front[max(top, 0) : top + height, max(left, 0) : left + width]
+    if front.shape != cover.shape:
+        return 0.0
+    near = np.pad(cover, 2)
+    near = np.lib.stride_tricks.sliding_window_view(near, (5, 5)).max(axis=(2, 3))
+    return float(np.maximum(front - near, 0).sum() / cover.sum())
 
 
 def _final(at: View, middle: list[Fit]) -> list[Fit]:

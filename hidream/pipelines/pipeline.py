@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,7 +17,6 @@ from hidream.errors import MemoryExceeded, UsageError
 from hidream.folder import locate
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
-from hidream.models.o1.weights import load_o1
 from hidream.pictures import read_mask, read_picture
 from hidream.pipelines.denoise import Counter, Job, Source, batch_key, denoise_batch
 from hidream.registry import Spec, nearest
@@ -70,7 +70,9 @@ def load(
     chosen_dtype = _dtype(dtype, chosen_device)
     spec, folder = locate(str(model), variant=variant)
     try:
-        network, tokenizer = load_o1(folder, device=chosen_device, dtype=chosen_dtype)
+        module, function = spec.loader.split(":")
+        load_weights = getattr(import_module(module), function)
+        network, tokenizer = load_weights(folder, device=chosen_device, dtype=chosen_dtype)
     except torch.OutOfMemoryError as error:
         raise _memory_exceeded(chosen_device, "the model's weights") from error
     return Pipeline(spec, network, tokenizer)
