@@ -41,6 +41,7 @@ MOST_TRIES = 9  # places looked at closely
 OVERLAP = 0.95  # objects overlap where their centres are closer than this share of their sizes
 MOST_NOISE = 14 / 255  # standard deviation
 LEAST_EDGES = 0.085  # gradient energy against that of a clean drawing; blur of 1.5% of the width
+LEAST_EDGES_SMALL = 0.17  # the same below 128 pixels
 MOST_LEFT_OVER = 0.006  # share of the picture that the explanation leaves unexplained
 LEFT_OVER = 0.24  # distance in colour (sum over channels) beyond which a pixel is unexplained
 LEAST_MIX = 0.7  # share of the kind named, in a mixture with the next best kind
@@ -130,7 +131,7 @@ def find(picture: Image.Image | np.ndarray) -> Finding:
     faults = []
     if noise > MOST_NOISE:
         faults.append(f"noisy ({noise * 255:.0f}/255)")
-    if edges < LEAST_EDGES:
+    if edges < (LEAST_EDGES if fine == FINE else LEAST_EDGES_SMALL):
         faults.append(f"blurred (edges {edges:.2f} of a clean drawing)")
     if left_over > MOST_LEFT_OVER:
         faults.append(f"{100 * left_over:.1f}% of the picture is nothing known")
