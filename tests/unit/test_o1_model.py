@@ -9,6 +9,7 @@ import torch
 from hidream.models.o1.batch import collate
 from hidream.models.o1.config import O1_8B, O1_NANO, O1_PRO, O1_TINY
 from hidream.models.o1.model import O1, Prefix, _place
+from hidream.models.o1.patches import cosine_basis
 from hidream.models.o1.tokens import encode, with_prompt
 from hidream.sampling import dev_sigmas, full_sigmas, shift_sigma
 from hidream.sampling.schedules import DEV_TIMESTEPS
@@ -336,7 +337,7 @@ def test_every_parameter_learns(tokenizer, make):
 
 
 def test_fresh_weights():
-    """The same from the same generator; a zero picture at first; every layer in a sane range."""
+    """The same from the same generator; every layer in a sane range."""
     models = []
     for seed in (0, 0, 1):
         model = O1(O1_TINY)
@@ -344,7 +345,6 @@ def test_fresh_weights():
         models.append(model.state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert not torch.equal(models[0]["lm_head.weight"], models[2]["lm_head.weight"])
-    assert not models[0]["model.final_layer2.linear.weight"].any()
     for name, weight in models[0].items():
         assert weight.isfinite().all(), name
         assert weight.abs().max() < 5, name
@@ -471,3 +471,22 @@ def _counting(forward, seen):
         return forward(self, patches, grids)
 
     return counted
+
+
+@pytest.mark.parametrize("count", [1, 16, 256, 768])
+def test_the_cosine_basis_is_orthonormal_and_smooth(count):
+    basis = cosine_basis(16, count)
+    assert basis.shape == (count, 768)
+    assert torch.allclose(basis @ basis.T, torch.eye(count), atol=1e-5)
+    flat = torch.ones(768) / 768**0.5
+    assert abs(float(basis[0] @ flat)) == pytest.approx(1, abs=1e-5)
+
+
+def test_fresh_weights_start_as_a_low_pass_filter(make):
+    """Before the blocks say anything, what leaves follows the smooth part of what came in."""
+    model = O1(O1_TINY)
+    model.init_weights(torch.Generator().manual_seed(0))
+    basis = cosine_basis(O1_TINY.patch_size, O1_TINY.bottleneck_dim)
+    patches = torch.randn(1, 5, O1_TINY.patch_dim, generator=torch.Generator().manual_seed(1))
+    through = model.model.final_layer2(model.model.x_embedder(patches))
+    assert torch.allclose(through, 0.5 * patches @ basis.T @ basis, atol=1e-5)

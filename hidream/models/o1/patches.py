@@ -40,6 +40,29 @@ def unpatchify(
     )
 
 
+def cosine_basis(patch_size: int, count: int) -> Float[Tensor, "count p"]:
+    """The `count` smoothest patterns of a patch, orthonormal rows: cosines × three colour axes.
+
+    A two-dimensional cosine transform from its lowest frequency up; grey, red–green and
+    blue–yellow for each. Where the network starts from (`O1.init_weights`).
+    """
+    n = torch.arange(patch_size, dtype=torch.float64)
+    cosines = torch.cos(torch.pi * n[:, None] * (2 * n + 1) / (2 * patch_size))
+    cosines /= cosines.norm(dim=1, keepdim=True)
+    axes = torch.tensor([[1, 1, 1], [1, -1, 0], [1, 1, -2]], dtype=torch.float64)
+    axes /= axes.norm(dim=1, keepdim=True)
+    order = sorted(
+        ((v, u) for v in range(patch_size) for u in range(patch_size)),
+        key=lambda frequency: (frequency[0] ** 2 + frequency[1] ** 2, frequency),
+    )
+    rows = [
+        torch.einsum("c,p,q->cpq", axis, cosines[v], cosines[u]).flatten()
+        for v, u in order[: -(-count // 3)]
+        for axis in axes
+    ]
+    return torch.stack(rows[:count]).float()
+
+
 def vision_patches(
     picture: Image.Image, patch_size: int, merge_size: int, temporal_patch_size: int
 ) -> Float[Tensor, "v c"]:
