@@ -15,7 +15,7 @@ TASKS = ("text_to_image", "edit", "subject")
 Variant = Literal["full", "dev"]
 
 # Dev's published timesteps, out of 1000; the sampler appends the final 0.
-_DEV_TIMESTEPS = (
+DEV_TIMESTEPS = (
     *(999, 987, 974, 960, 945, 929, 913, 895, 877, 857, 836, 814, 790, 764),
     *(737, 707, 675, 640, 602, 560, 515, 464, 409, 347, 278, 199, 110, 8),
 )
@@ -76,7 +76,7 @@ _DEV = Defaults(
     sampler="flash",
     noise_scale=7.5,
     noise_clip_std=2.5,
-    sigmas=tuple(t / 1000 for t in _DEV_TIMESTEPS),
+    sigmas=tuple(t / 1000 for t in DEV_TIMESTEPS),
 )
 _FULL_TASKS = MappingProxyType({"subject": replace(_FULL, shift=1.0)})
 _DEV_TASKS = MappingProxyType(

@@ -15,15 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hidream.errors import UsageError
+from hidream.registry import DEV_TIMESTEPS
 
 SIGMA_MAX = 0.999
 """Where the published O1 schedules begin: the first of 1000 training timesteps, not pure noise."""
-
-# The 28 timesteps, out of 1000, that HiDream-O1-Image-Dev was distilled for.
-DEV_TIMESTEPS = (
-    *(999, 987, 974, 960, 945, 929, 913, 895, 877, 857, 836, 814, 790, 764),
-    *(737, 707, 675, 640, 602, 560, 515, 464, 409, 347, 278, 199, 110, 8),
-)
 
 S = TypeVar("S", float, np.ndarray, Tensor)
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a text position that carries no language-modelling loss."""
+from hidream.models.o1.batch import IGNORE
 
 
 def noisy(
@@ -56,6 +55,6 @@ def text_loss(
     processes' gradients is the gradient of the mean over every label of the step.
     """
     total = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     return total / torch.clamp(torch.as_tensor(num_labels, device=total.device), min=1e-6)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hidream.models.o1.batch import IGNORE
 from hidream.models.o1.tokens import Tokenizer
 from hidream.train.config import parse_recipe
 from hidream.train.data import (
@@ -14,7 +15,6 @@ from hidream.train.data import (
     task_of,
 )
 from hidream.train.loop import model_config
-from hidream.train.losses import IGNORED
 from hidream.world import tasks
 
 TASKS = tasks.TASKS
@@ -90,7 +90,7 @@ def test_padding_to_buckets_leaves_the_lengths_as_they_are_in_the_world(tokenize
     labels = []
     for step in range(50):
         batch = batch_of(recipe, tokenizer, step).batch
-        labels += [int(n) - 1 for n in (batch.labels != IGNORED).sum(dim=1) if n]
+        labels += [int(n) - 1 for n in (batch.labels != IGNORE).sum(dim=1) if n]
     assert np.mean(labels) == pytest.approx(np.mean(plain), rel=0.15)
 
 
@@ -108,7 +108,7 @@ def test_captions_and_answers_are_labelled_with_their_own_tokens(tokenizer):
         recipe = recipe_of(tasks=[task], objective={"caption_dropout": 0.0})
         batch = batch_of(recipe, tokenizer, 1).batch
         for row in batch.labels:
-            said = row[row != IGNORED].tolist()
+            said = row[row != IGNORE].tolist()
             assert said[-1] == end
             assert tokenizer.decode(said).strip()
 
@@ -118,7 +118,7 @@ def test_a_dropped_caption_is_the_unconditional_one_and_carries_no_loss(tokenize
 
     recipe = recipe_of(tasks=["edit"], objective={"caption_dropout": 1.0, "reference_dropout": 0.0})
     batch = batch_of(recipe, tokenizer, 0).batch
-    assert (batch.labels == IGNORED).all()
+    assert (batch.labels == IGNORE).all()
     assert batch.reference_mask.any(dim=1).all()  # references stay
     recipe = recipe_of(tasks=["edit"], objective={"caption_dropout": 1.0, "reference_dropout": 1.0})
     batch = batch_of(recipe, tokenizer, 0).batch

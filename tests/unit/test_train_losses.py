@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from hidream.models.o1.batch import IGNORE
 from hidream.sampling import add_noise, to_velocity
 from hidream.train.config import parse_recipe
-from hidream.train.losses import IGNORED, noisy, picture_loss, text_loss, velocity_weight
+from hidream.train.losses import noisy, picture_loss, text_loss, velocity_weight
 
 DELTA = 0.05
 
@@ -42,7 +43,7 @@ def test_picture_loss_is_fp32_whatever_comes_in(draws):
 
 
 def test_text_loss_of_uniform_logits_is_the_logarithm_of_the_vocabulary():
-    labels = torch.tensor([[1, IGNORED, 3], [IGNORED, IGNORED, 0]])
+    labels = torch.tensor([[1, IGNORE, 3], [IGNORE, IGNORE, 0]])
     loss = text_loss(torch.zeros(2, 3, 7), labels, 3)
     assert loss.item() == pytest.approx(math.log(7))
 
@@ -50,14 +51,14 @@ def test_text_loss_of_uniform_logits_is_the_logarithm_of_the_vocabulary():
 def test_unequal_shares_average_to_the_loss_of_the_whole_batch():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 3, 7, generator=generator)
-    labels = torch.tensor([[1, 2, 3], [IGNORED, IGNORED, 0]])
+    labels = torch.tensor([[1, 2, 3], [IGNORE, IGNORE, 0]])
     whole = text_loss(logits, labels, 4)
     shares = [text_loss(logits[i : i + 1], labels[i : i + 1], 4 / 2) for i in range(2)]
     torch.testing.assert_close(sum(shares) / 2, whole)
 
 
 def test_without_labels_text_has_no_loss_and_no_nan():
-    assert text_loss(torch.zeros(1, 2, 7), torch.full((1, 2), IGNORED), 0).item() == 0
+    assert text_loss(torch.zeros(1, 2, 7), torch.full((1, 2), IGNORE), 0).item() == 0
 
 
 def test_the_gradient_reaches_every_parameter(nano_tokenizer):
