@@ -19,6 +19,8 @@ MAX_REFERENCES = 11  # one person and ten objects, as in the paper's subject ben
 MAX_BOXES = 10  # the colours a layout picture has
 TRAINED_BOXES = 5  # more than the published checkpoints have seen
 MAX_IMAGES = 1000
+MAX_BATCH = 16  # pictures drawn together, fewer when they are large
+BATCH_AREA = 4 * 1024 * 1024  # pixels of a batch, unless one picture alone has more
 
 Box = tuple[float, float, float, float]
 
@@ -33,6 +35,11 @@ RANGES: dict[str, tuple[bool, float, float, bool]] = {
     "strength": (False, 0, 1, False),
     "sparsity": (False, 0, 1, True),
 }
+
+
+def batch_size(width: int, height: int) -> int:
+    """How many pictures of one size are drawn together: 1 … 16."""
+    return max(1, min(MAX_BATCH, BATCH_AREA // (width * height)))
 
 
 def clean_prompt(text: object, name: str = "prompt", *, may_be_empty: bool = False) -> str:

@@ -12,6 +12,7 @@ from hidream import __version__
 from hidream.cli import console
 from hidream.errors import InputError, ModelError, UsageError
 from hidream.folder import Folder, locate, open_folder
+from hidream.limits import batch_size
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
 from hidream.request import GenerateRequest, resolve, warnings_of
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from hidream.pipelines import Pipeline
 
 METADATA_VERSION = 1
-MAX_BATCH = 16  # pictures that are drawn together, fewer when they are large
-BATCH_PIXELS = 4 * 2**20
 
 
 def draw(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
@@ -193,9 +192,7 @@ def _batches(
     request: GenerateRequest, paths: Sequence[Path]
 ) -> Iterator[tuple[GenerateRequest, Sequence[Path]]]:
     """The request in parts that are drawn together, so that finished pictures are saved."""
-    pixels = (request.width or 1) * (request.height or 1)
-    most = max(1, min(MAX_BATCH, BATCH_PIXELS // pixels))
-    seeds = request.seeds
+    most, seeds = batch_size(request.width or 1, request.height or 1), request.seeds
     for start in range(0, len(seeds), most):
         part = seeds[start : start + most]
         yield replace(request, seed=part, num_images=len(part)), paths[start : start + most]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hidream.errors import MemoryExceeded, UsageError
 from hidream.folder import locate
+from hidream.limits import batch_size
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.pictures import read_mask, read_picture
@@ -25,7 +26,6 @@ from hidream.sampling import dev_sigmas
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH = 16  # pictures denoised together
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], object]
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
 DTYPES |= {"bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
@@ -215,11 +215,11 @@ def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
     for job in jobs:
         key = id(job) if job.request.deterministic else batch_key(job.request)
         groups.setdefault(key, []).append(job)
-    return [
-        group[i : i + MAX_BATCH]
-        for group in groups.values()
-        for i in range(0, len(group), MAX_BATCH)
-    ]
+    batches = []
+    for group in groups.values():
+        most = batch_size(group[0].request.width, group[0].request.height)
+        batches += [group[i : i + most] for i in range(0, len(group), most)]
+    return batches
 
 
 def _resized(picture: Image.Image, request: GenerateRequest) -> Image.Image:

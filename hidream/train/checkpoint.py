@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def save(
     progress: Progress,
     model: nn.Module,
     ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     *,
     keep: int,
 ) -> Path:
@@ -51,7 +52,7 @@ def save(
     try:
         save_file(_on_cpu(model.state_dict()), draft / FILES[0])
         save_file(_on_cpu(ema.state_dict()), draft / FILES[1])
-        save_file(_on_cpu(optimizer_tensors(model, optimizer)), draft / FILES[2])
+        save_file(_on_cpu(optimizer_tensors(model, optimizers)), draft / FILES[2])
         (draft / FILES[3]).write_text(json.dumps({"format": FORMAT, **vars(progress)}, indent=1))
         for name in FILES:
             _sync(draft / name)
@@ -86,15 +87,15 @@ def load(
     folder: Path,
     model: nn.Module,
     ema: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> Progress:
     """Fill model, moving average and optimizer in place; ModelError for anything amiss."""
     progress = read_progress(folder)
     _fill(model, folder / FILES[0])
     if ema is not None:
         _fill(ema, folder / FILES[1])
-    if optimizer is not None:
-        restore_optimizer(model, optimizer, _read(folder / FILES[2]), folder)
+    if optimizers:
+        restore_optimizers(model, optimizers, _read(folder / FILES[2]), folder)
     return progress
 
 
@@ -117,26 +118,38 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
     """`PARAMETER/exp_avg` and so on, for every parameter that has had a step."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
+        for optimizer in optimizers
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], folder: Path
+def restore_optimizers(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: dict[str, Tensor],
+    folder: Path,
 ) -> None:
     """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
+    owners = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for label, value in tensors.items():
         name, _, key = label.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
             raise _broken(folder, f"optimizer state {label} does not fit the model")
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        owners[parameter].state[parameter][key] = value.to(parameter.device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -56,8 +56,13 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW, clipping and the moving average of the weights."""
+    """AdamW, clipping and the moving average of the weights.
 
+    `muon` > 0: the matrices inside the transformers are updated by Muon, and move so many times as
+    far a step as AdamW would move them at the same rate.
+    """
+
+    muon: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.01

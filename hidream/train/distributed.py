@@ -55,6 +55,11 @@ class World:
             gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)]
         )
 
+    def sum_in_place(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over the processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from hidream.models.o1.model import O1
-from hidream.models.o1.patches import to_picture, unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
-from hidream.sampling import cfg_batched, euler, full_sigmas, picture_noise
+from hidream.pipelines.denoise import Counter, Job, denoise_batch
+from hidream.request import GenerateRequest
 from hidream.train.config import Recipe
 
 PROMPTS = (
@@ -33,7 +33,6 @@ COLUMNS = 4
 GAP = 4
 
 
-@torch.no_grad()
 def sample_pictures(
     model: O1,
     tokenizer: Tokenizer,
@@ -46,29 +45,26 @@ def sample_pictures(
     seed: int = 0,
 ) -> list[Image.Image]:
     """One square picture a prompt, by Euler steps; picture i has seed `seed + i`."""
-    device = next(model.parameters()).device
-    config, count = model.config, len(prompts)
 
     def tokens(prompt: str) -> Tokens:
-        return encode(tokenizer, config, prompt, width=size, height=size)
+        return encode(tokenizer, model.config, prompt, width=size, height=size)
 
-    asked = [tokens(prompt) for prompt in prompts]
-    both = model.prefill([*asked, *[tokens(UNCONDITIONAL_PROMPT)] * count])
-    alone = model.prefill(asked)
-    shape = (asked[0].num_target, config.patch_dim)
-    noise = torch.stack([picture_noise(seed + i, 0, shape) for i in range(count)])
-
-    def conditional(x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return model.velocity(x_t, sigma, alone)
-
-    def branches(x_t: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = model.velocity(torch.cat([x_t, x_t]), sigma, both).chunk(2)
-        return first, second
-
-    denoise = cfg_batched(conditional, branches, guidance_scale)
-    patches = euler(denoise, noise_scale * noise.to(device), full_sigmas(num_steps, shift=3.0))
-    pixels = unpatchify(patches, asked[0].grid, config.patch_size)
-    return [to_picture(picture) for picture in pixels]
+    unconditional = tokens(UNCONDITIONAL_PROMPT)
+    jobs = []
+    for i, prompt in enumerate(prompts):
+        request = GenerateRequest(
+            prompt=prompt,
+            width=size,
+            height=size,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            noise_scale=noise_scale,
+            sampler="euler",
+            shift=3.0,
+        )
+        jobs.append(Job(request, seed + i, tokens(prompt), unconditional))
+    with torch.no_grad():
+        return denoise_batch(model, jobs, counter=Counter())
 
 
 def write_grid(model: O1, tokenizer: Tokenizer, recipe: Recipe, step: int) -> None:

@@ -19,6 +19,7 @@ from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer
 from hidream.models.o1.weights import load_o1
 from hidream.nn.attention import Backend
+from hidream.sampling import add_noise
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
 from hidream.train.config import Recipe
@@ -27,9 +28,9 @@ from hidream.train.distributed import PendingSum, World
 from hidream.train.export import export_model, tokenizer_folder
 from hidream.train.grids import write_grid
 from hidream.train.log import Meter, OnLog, RunLog
-from hidream.train.losses import noisy, picture_loss, text_loss
+from hidream.train.losses import picture_loss, text_loss
 from hidream.train.optim import (
-    build_optimizer,
+    build_optimizers,
     clip_gradients,
     ema_decay,
     learning_rate,
@@ -72,11 +73,11 @@ def train(
     model.to(device)
     ema, _ = build_model(recipe)  # starts as an exact copy
     ema.to(device).requires_grad_(False)
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizers = build_optimizers(model, recipe.optimizer, world)
     progress = Progress(step=0, samples=0, seconds=0.0, recipe=recipe.to_dict())
     if resume:
         folder = checkpoint.latest(recipe.run_dir)
-        progress = checkpoint.load(folder, model, ema, optimizer)
+        progress = checkpoint.load(folder, model, ema, optimizers)
         _check_same_recipe(recipe, progress)
     if recipe.compile:
         torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
@@ -94,7 +95,7 @@ def train(
             samples = recipe.first_sample(step)
             now = Progress(step=step, samples=samples, seconds=seconds, recipe=recipe.to_dict())
             keep = recipe.keep_checkpoints
-            checkpoint.save(recipe.run_dir, now, model, ema, optimizer, keep=keep)
+            checkpoint.save(recipe.run_dir, now, model, ema, optimizers, keep=keep)
 
     started = time.monotonic()
     parameters = list(model.parameters())
@@ -106,9 +107,9 @@ def train(
     try:
         for step, batch in zip(steps, batches, strict=True):
             rate = learning_rate(recipe.stages, step)
-            set_learning_rate(optimizer, rate)
+            set_learning_rate(optimizers, rate)
             labels, stops = world.start_sum(batch.num_labels), world.start_sum(stop_requested())
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             batch = batch.to(device)
             losses = compute_losses(recipe, model, batch, labels)
             losses.total.backward()
@@ -121,7 +122,8 @@ def train(
                     f"the loss or its gradient is not finite at step {step} ({values}).",
                     "Resume from the last checkpoint with a lower learning rate.",
                 )
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if world.main:
                 update_ema(averages, weights, ema_decay(recipe.optimizer.ema_decay, step))
             number, _ = recipe.locate(step)
@@ -159,7 +161,7 @@ def compute_losses(recipe: Recipe, model: O1, batch: TrainBatch, labels: Pending
     total = torch.zeros((), device=batch.x0.device)
     with _precision(recipe):
         if batch.picture:
-            x_t = noisy(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
+            x_t = add_noise(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
             prediction = model(batch.batch, x_t, batch.sigma)
         else:
             prediction = model(batch.batch)
@@ -196,8 +198,8 @@ def model_config(recipe: Recipe) -> O1Config:
 
 
 def _backend(recipe: Recipe) -> Backend:
-    if recipe.device != "cpu":
-        return "auto"
+    if recipe.device != "cpu" or recipe.precision == "float32":
+        return "auto"  # measured in fp32 on a CPU: as fast at 16 patches, 1.3 times at 128
     patch = SIZES[recipe.model].patch_size if recipe.model in SIZES else 16
     longest = max(
         max(recipe.buckets.of(task)) + 32 + 2 * (stage.size // patch) ** 2

@@ -10,17 +10,6 @@ from torch import Tensor
 from hidream.models.o1.batch import IGNORE
 
 
-def noisy(
-    x0: Float[Tensor, "b n p"],
-    noise: Float[Tensor, "b n p"],
-    sigma: Float[Tensor, "b"],
-    noise_scale: float,
-) -> Float[Tensor, "b n p"]:
-    """x_t = (1 - sigma) x0 + sigma * noise_scale * noise, with one sigma in [0, 1] a sample."""
-    level = sigma[:, None, None]
-    return (1 - level) * x0 + level * noise_scale * noise
-
-
 def velocity_weight(sigma: Float[Tensor, "b"], delta: float) -> Float[Tensor, "b"]:
     """w = 1 / max(sigma, delta)^2, which turns an x0 error into a velocity error.
 

@@ -1,4 +1,4 @@
-"""What happens after the backward pass: clipping, learning rate, AdamW, moving average."""
+"""What happens after the backward pass: clipping, learning rate, update, moving average."""
 
 from __future__ import annotations
 
@@ -8,21 +8,42 @@ import torch
 from torch import Tensor, nn
 
 from hidream.train.config import Optimizer, Stage
+from hidream.train.distributed import World
+from hidream.train.muon import Muon
+
+INNER = (".layers.", ".blocks.", "merger")  # of decoder and vision tower
+ADAMW_RMS = 0.2  # of what AdamW adds to a weight at rate 1, on the whole: arXiv 2502.16982
 
 
-def build_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: norms, biases and embedding tables are left alone."""
+def build_optimizers(
+    model: nn.Module, options: Optimizer, world: World | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices inside the transformers where the recipe asks for it.
+
+    AdamW decays matrices only: norms, biases and embedding tables are left alone.
+    """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    inner: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        matrix = parameter.ndim >= 2 and id(parameter) not in tables
-        (decayed if matrix else kept).append(parameter)
+    for name, parameter in model.named_parameters():
+        if options.muon > 0 and parameter.ndim == 2 and any(part in name for part in INNER):
+            inner.append(parameter)
+        elif parameter.ndim >= 2 and id(parameter) not in tables:
+            decayed.append(parameter)
+        else:
+            kept.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    ]
+    if inner:
+        decay, rms = options.weight_decay, ADAMW_RMS * options.muon
+        optimizers.append(Muon(inner, rms=rms, weight_decay=decay, world=world))
+    return optimizers
 
 
 def learning_rate(stages: Sequence[Stage], step: int) -> float:
@@ -46,10 +67,11 @@ def learning_rate(stages: Sequence[Stage], step: int) -> float:
     return start
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
     """Give every parameter group the same rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
 @torch.no_grad()

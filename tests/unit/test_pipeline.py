@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import hidream
+from hidream import limits
 from hidream.errors import InputError, ModelError, UsageError
 from hidream.models.o1.tokens import Tokenizer
 from hidream.pipelines import HiDreamPipeline, Output, Pipeline, load
@@ -342,12 +343,19 @@ def test_what_differs_in_size_or_schedule_is_another_batch(pipe, seen):
 def test_large_batches_are_cut(pipe, seen, monkeypatch):
     """`num_forwards` is what was run: two batches of two steps."""
     calls, batches = seen
-    monkeypatch.setattr(pipelines, "MAX_BATCH", 2)
+    monkeypatch.setattr(limits, "MAX_BATCH", 2)
     out = pipe(request(seed=7, num_images=3))
     assert [len(jobs) for jobs in batches] == [2, 1]
     assert out.num_forwards == len(calls) == 4
     assert out.seeds == (7, 8, 9)
     assert tiny.levels(out.images[2], pipe(request(seed=9)).images[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("side", "most"), [(16, 16), (512, 16), (1024, 4), (2048, 1), (4096, 1), (8192, 1)]
+)
+def test_large_pictures_are_drawn_fewer_at_once(side, most):
+    assert limits.batch_size(side, side) == most
 
 
 def test_no_requests(pipe):

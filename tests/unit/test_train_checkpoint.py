@@ -12,18 +12,19 @@ from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
 from hidream.train.config import Optimizer
 from hidream.train.log import Meter, RunLog, duration, readable
-from hidream.train.optim import build_optimizer
+from hidream.train.optim import build_optimizers
 
 
 def trained(seed):
-    """A tiny model whose optimizer has had a step on some of its parameters."""
+    """A tiny model whose optimizers have had a step on some of its parameters."""
     model = O1(O1_TINY)
     model.init_weights(torch.Generator().manual_seed(seed))
-    optimizer = build_optimizer(model, Optimizer())
+    optimizers = build_optimizers(model, Optimizer(muon=1.0))
     for parameter in model.model.language_model.parameters():
         parameter.grad = torch.full_like(parameter, 0.1)
-    optimizer.step()
-    return model, optimizer
+    for optimizer in optimizers:
+        optimizer.step()
+    return model, optimizers
 
 
 def progress(step):
@@ -31,41 +32,41 @@ def progress(step):
 
 
 def test_everything_comes_back(tmp_path):
-    model, optimizer = trained(0)
+    model, optimizers = trained(0)
     ema, _ = trained(1)
-    checkpoint.save(tmp_path, progress(7), model, ema, optimizer, keep=2)
-    other, its_optimizer = trained(2)
+    checkpoint.save(tmp_path, progress(7), model, ema, optimizers, keep=2)
+    other, its_optimizers = trained(2)
     its_ema, _ = trained(3)
-    found = checkpoint.load(checkpoint.latest(tmp_path), other, its_ema, its_optimizer)
+    found = checkpoint.load(checkpoint.latest(tmp_path), other, its_ema, its_optimizers)
     assert found == progress(7)
     for a, b in ((model, other), (ema, its_ema)):
         for name, value in a.state_dict().items():
             assert torch.equal(value, b.state_dict()[name]), name
-    expected = checkpoint.optimizer_tensors(model, optimizer)
-    actual = checkpoint.optimizer_tensors(other, its_optimizer)
+    expected = checkpoint.optimizer_tensors(model, optimizers)
+    actual = checkpoint.optimizer_tensors(other, its_optimizers)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    model, optimizer = trained(0)
+    model, optimizers = trained(0)
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, progress(step), model, model, optimizer, keep=2)
+        checkpoint.save(tmp_path, progress(step), model, model, optimizers, keep=2)
     root = tmp_path / "checkpoints"
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000002", "step-00000003"]
     assert checkpoint.latest(tmp_path).name == "step-00000003"
 
 
 def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
-    model, optimizer = trained(0)
-    checkpoint.save(tmp_path, progress(1), model, model, optimizer, keep=2)
+    model, optimizers = trained(0)
+    checkpoint.save(tmp_path, progress(1), model, model, optimizers, keep=2)
 
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "_sync", full)
     with pytest.raises(OSError, match="no space"):
-        checkpoint.save(tmp_path, progress(2), model, model, optimizer, keep=2)
+        checkpoint.save(tmp_path, progress(2), model, model, optimizers, keep=2)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step-00000001"]
     assert checkpoint.latest(tmp_path).name == "step-00000001"
@@ -74,12 +75,12 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
 def test_what_is_missing_or_damaged_is_said(tmp_path):
     with pytest.raises(ModelError, match="no checkpoint"):
         checkpoint.latest(tmp_path)
-    model, optimizer = trained(0)
-    folder = checkpoint.save(tmp_path, progress(1), model, model, optimizer, keep=2)
+    model, optimizers = trained(0)
+    folder = checkpoint.save(tmp_path, progress(1), model, model, optimizers, keep=2)
     whole = (folder / "ema.safetensors").read_bytes()
     (folder / "ema.safetensors").write_bytes(whole[:1000])
     with pytest.raises(ModelError, match="ema"):
-        checkpoint.load(folder, model, model, optimizer)
+        checkpoint.load(folder, model, model, optimizers)
     (folder / "ema.safetensors").unlink()
     with pytest.raises(ModelError, match="ema"):
         checkpoint.load_ema(folder, model)
@@ -91,8 +92,8 @@ def test_what_is_missing_or_damaged_is_said(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     from dataclasses import replace
 
-    model, optimizer = trained(0)
-    folder = checkpoint.save(tmp_path, progress(1), model, model, optimizer, keep=2)
+    model, optimizers = trained(0)
+    folder = checkpoint.save(tmp_path, progress(1), model, model, optimizers, keep=2)
     with pytest.raises(ModelError, match="differ in"):
         checkpoint.load(folder, O1(replace(O1_TINY, patch_size=8)))
 

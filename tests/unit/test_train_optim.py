@@ -7,7 +7,7 @@ from hidream.models.o1.config import O1_TINY
 from hidream.models.o1.model import O1
 from hidream.train.config import Optimizer, Stage
 from hidream.train.optim import (
-    build_optimizer,
+    build_optimizers,
     clip_gradients,
     ema_decay,
     learning_rate,
@@ -40,7 +40,8 @@ def test_the_rate_climbs_holds_and_falls():
 
 def test_decay_is_for_matrices_alone():
     model = O1(O1_TINY)
-    decayed, kept = build_optimizer(model, Optimizer(weight_decay=0.3)).param_groups
+    (adamw,) = build_optimizers(model, Optimizer(weight_decay=0.3))
+    decayed, kept = adamw.param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     kept_names = {names[id(p)] for p in kept["params"]}
