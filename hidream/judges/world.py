@@ -30,8 +30,8 @@ from hidream.judges.templates import (
     view,
 )
 from hidream.judges.words import read_word, word_stamp
+from hidream.world.sample import Claim, Sample
 from hidream.world.scene import BACKGROUNDS, Object, boxes_apart, extent, holds, size_name
-from hidream.world.tasks import Claim, Sample
 
 JUDGE_VERSION = "1.0"
 LEAST_GAIN = 0.12  # of a hypothesis in the coarse picture (squared colour distance summed)

@@ -24,12 +24,12 @@ _CHUNK = 2**14  # blocks of four numbers at a time: what fits a core's cache
 _LOW_32 = np.uint64(0xFFFFFFFF)
 
 
-def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Float[Tensor, "b *shape"]:
+def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> Float[Tensor, " b *shape"]:
     """The noise that pictures start from, one of `shape` for each seed."""
     return torch.stack([picture_noise(seed, 0, shape) for seed in seeds])
 
 
-def step_noise(seeds: Sequence[int], step: int, shape: Sequence[int]) -> Float[Tensor, "b *shape"]:
+def step_noise(seeds: Sequence[int], step: int, shape: Sequence[int]) -> Float[Tensor, " b *shape"]:
     """The fresh noise of step 0, 1, ... of a sampler, one of `shape` for each seed.
 
     Step k has stream k + 1: stream 0 is the noise that the pictures started from.

@@ -202,7 +202,7 @@ def flash(
     return x_t
 
 
-def clip_noise(noise: Float[Tensor, "b *shape"], num_std: float) -> Float[Tensor, "b *shape"]:
+def clip_noise(noise: Float[Tensor, " b *shape"], num_std: float) -> Float[Tensor, " b *shape"]:
     """Each picture's noise, held within `num_std` of its own standard deviations (0: untouched).
 
     Row by row, so that neither the values nor their rounding depend on the rest of the batch.

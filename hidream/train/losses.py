@@ -10,7 +10,7 @@ from torch import Tensor
 from hidream.models.o1.batch import IGNORE
 
 
-def velocity_weight(sigma: Float[Tensor, "b"], delta: float) -> Float[Tensor, "b"]:
+def velocity_weight(sigma: Float[Tensor, " b"], delta: float) -> Float[Tensor, " b"]:
     """w = 1 / max(sigma, delta)^2, which turns an x0 error into a velocity error.
 
     With v = (x_t - x0) / max(sigma, delta) for target and prediction alike, the difference of the
@@ -22,7 +22,7 @@ def velocity_weight(sigma: Float[Tensor, "b"], delta: float) -> Float[Tensor, "b
 def picture_loss(
     predicted: Float[Tensor, "b n p"],
     x0: Float[Tensor, "b n p"],
-    sigma: Float[Tensor, "b"],
+    sigma: Float[Tensor, " b"],
     delta: float,
 ) -> Float[Tensor, ""]:
     """Mean over samples, target patches and values of w (x0_predicted - x0)^2, in fp32.

@@ -1,0 +1,65 @@
+"""One item of a task: its words, its scene, and what a picture of it must show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hidream.world.render import render, render_subject
+from hidream.world.scene import Scene, Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What the prompt says of one object; empty fields go unsaid."""
+
+    kind: str
+    color: str = ""
+    size: str = ""
+    word: str = ""
+    pattern: str = ""
+    color2: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """What a picture must show, and nothing besides: objects in the scene's order, relations
+    (i, relation, j) between them, and the background if the prompt names one."""
+
+    objects: tuple[Claim, ...]
+    relations: tuple[tuple[int, str, int], ...] = ()
+    background: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One item of a task: the words, the scene behind the picture to make, what goes in with it.
+
+    `answer` is the text to learn (language: a caption; understanding: a caption or an answer).
+    An edit has `edit` (one of `EDITS`), the `source` scene, and `changed`: the indices, in
+    `scene.objects`, of the objects the edit touches.
+    """
+
+    task: str
+    category: str
+    prompt: str
+    scene: Scene
+    claims: Claims
+    answer: str = ""
+    source: Scene | None = None
+    subjects: tuple[Subject, ...] = ()
+    edit: str = ""
+    changed: tuple[int, ...] = ()
+
+    def target(self, width: int, height: int) -> np.ndarray:
+        """The picture of the scene: uint8 (height, width, 3)."""
+        return render(self.scene, width, height)
+
+    def reference_pictures(self, width: int, height: int) -> tuple[np.ndarray, ...]:
+        """The pictures that go in: an edit's source, the subjects, the picture to describe."""
+        if self.task == "understanding":
+            return (self.target(width, height),)
+        if self.source is not None:
+            return (render(self.source, width, height),)
+        return tuple(render_subject(subject, width, height) for subject in self.subjects)
