@@ -58,6 +58,7 @@ def sample_pictures(
             height=size,
             num_inference_steps=num_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=(0.0, 1.0),
             noise_scale=noise_scale,
             sampler="euler",
             shift=3.0,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from hidream.judges.finding import find
 from hidream.judges.measure import DAMAGES, measure_judge
-from hidream.judges.world import find, judge
+from hidream.judges.world import judge
 from hidream.world import render
 from hidream.world.scene import BACKGROUNDS, Dice, Scene
 from hidream.world.tasks import CATEGORIES, eval_seed, sample
