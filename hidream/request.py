@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hidream.camera import CAMERA, camera_value, with_camera
 from hidream.errors import InputError, UsageError
 from hidream.limits import (
     MAX_REFERENCES,
@@ -36,9 +37,6 @@ NO_PROMPT = " "  # the caption of the unconditional branch, as published
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "image_guidance_scale": (None,),
     "loras": ((),),
-    "shot": (None,),
-    "angle": (None,),
-    "view": (None,),
     "refine_prompt": (None, "off"),
     "refine_strength": (None,),
     "sparsity": (None, 0.0),
@@ -54,7 +52,8 @@ class GenerateRequest:
     per reference, `(x1, x2, y1, y2)` as fractions of the picture. `seed` may be several, one
     picture each; -1 or None draws one. `guidance_interval` is the range of sigma where guidance
     acts. `sigmas` fall from at most 1, without the final 0. `strength` is the share of the
-    schedule that an image-to-image request runs.
+    schedule that an image-to-image request runs. `shot`, `angle` and `view` are names of
+    `hidream.camera`, put into words before the prompt.
 
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
@@ -120,6 +119,8 @@ class GenerateRequest:
         put(self, "guidance_interval", check_interval(self.guidance_interval))
         put(self, "seed", check_seed(self.seed, self.num_images))
         self._check_pictures(put)
+        for name in CAMERA:
+            put(self, name, camera_value(name, getattr(self, name)))
         put(self, "loras", tuple(self.loras or ()))
         for name, harmless in _NOT_YET.items():
             if getattr(self, name) not in harmless:
@@ -166,6 +167,11 @@ class GenerateRequest:
     def task(self) -> str:
         """text_to_image, edit (one reference) or subject (two or more): decides the defaults."""
         return ("text_to_image", "edit", "subject")[min(len(self.references), 2)]
+
+    @property
+    def full_prompt(self) -> str:
+        """What the model reads: the prompt, led by the words of shot, angle and view."""
+        return with_camera(self.prompt, shot=self.shot, angle=self.angle, view=self.view)
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hidream.camera import CAMERA
 from hidream.errors import InputError, UsageError
 from hidream.registry import DEFAULT_MODEL, SAMPLERS, nearest
 from hidream.request import GenerateRequest
@@ -125,6 +126,9 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     group.add_argument("--strength", type=float, metavar="F", help="how far from --init", **unset)
     group.add_argument("--mask", metavar="IMAGE", help="white where it may change", **unset)
 
+    for name, values in CAMERA.items():
+        group.add_argument(f"--{name}", metavar="NAME", help=", ".join(values), **unset)
+
     group = parser.add_argument_group("sampling (default: the model's own)")
     group.add_argument("--steps", dest="num_inference_steps", type=_whole, metavar="N", **unset)
     group.add_argument("--guidance", dest="guidance_scale", type=float, metavar="G", **unset)
@@ -147,8 +151,7 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
 
     later = parser.add_argument_group("refused in this version, with a message")
     later.add_argument("--lora", dest="loras", action="append", nargs="+", metavar="PATH", **unset)
-    for name in ("shot", "angle", "view", "refine-prompt"):
-        later.add_argument(f"--{name}", metavar="NAME", **unset)
+    later.add_argument("--refine-prompt", metavar="NAME", **unset)
     for name in ("refine-strength", "sparsity", "image-guidance-scale"):
         later.add_argument(f"--{name}", type=float, metavar="F", **unset)
     later.add_argument("--embed-inputs", action="store_true")

@@ -91,7 +91,7 @@ def _tokens(config: O1Config, request: GenerateRequest) -> tuple[int, int, int]:
     count = len(request.references) + (request.layout is not None)
     side = config.budgets.side(max(count, 1), max(width, height)) // patch
     vision = config.budgets.vision_side(max(count, 1)) // config.vision.stride
-    prompt = 16 + len(request.prompt.encode()) // 4
+    prompt = 16 + len(request.full_prompt.encode()) // 4
     return width * height // patch**2, count * side**2, prompt + count * (vision**2 + 2)
 
 

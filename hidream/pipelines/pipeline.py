@@ -187,7 +187,7 @@ class Pipeline:
         conditional = encode(
             tokenizer,
             config,
-            request.prompt,
+            request.full_prompt,
             width=request.width,
             height=request.height,
             references=references,

@@ -358,6 +358,14 @@ def test_large_pictures_are_drawn_fewer_at_once(side, most):
     assert limits.batch_size(side, side) == most
 
 
+def test_the_camera_is_read_with_the_prompt(pipe):
+    named = pipe(request("a cat", seed=3, shot="close-up", view="side")).images[0]
+    told = pipe(request("Close-up, side view. a cat", seed=3)).images[0]
+    silent = pipe(request("a cat", seed=3)).images[0]
+    assert tiny.levels(named, told) == 0
+    assert tiny.levels(named, silent) > 0
+
+
 def test_no_requests(pipe):
     assert pipe([]) == []
 

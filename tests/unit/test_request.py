@@ -104,7 +104,6 @@ def test_prompts_may_be_anything_readable():
         {"mask": 3, "references": ("a.png",)},
         {"init_image": 3},
         {"loras": ("x.safetensors",)},
-        {"shot": "close-up"},
         {"refine_prompt": "auto"},
         {"refine_strength": 0.3},
         {"sparsity": 0.5},
