@@ -23,6 +23,7 @@ COMMANDS = {
     "models": ("models", "list, describe, check and download models"),
     "doctor": ("doctor", "look at this machine and installation"),
     "train": ("train", "train a model by a recipe"),
+    "bench": ("bench", "time this machine, against two other ways to draw"),
     "eval": ("evaluate", "measure how often a model's pictures are right"),
 }
 HELP = "\n".join(

@@ -86,10 +86,12 @@ def after(num_steps):
     return lambda: next(asked, True)
 
 
-def test_resume_is_bit_identical_in_one_process(recipe_file, tmp_path):
-    whole = load_recipe(recipe_file, [f"out={tmp_path / 'whole'}"])
+@pytest.mark.parametrize("muon", [0.0, 2.0])
+def test_resume_is_bit_identical_in_one_process(recipe_file, tmp_path, muon):
+    optimizer = f"optimizer.muon={muon}"
+    whole = load_recipe(recipe_file, [f"out={tmp_path / 'whole'}", optimizer])
     assert train(whole)
-    parts = load_recipe(recipe_file, [f"out={tmp_path / 'parts'}"])
+    parts = load_recipe(recipe_file, [f"out={tmp_path / 'parts'}", optimizer])
     assert not train(parts, stop_requested=after(3))
     assert (parts.run_dir / "checkpoints" / "latest").read_text() == "step-00000003"
     assert train(parts, resume=True)
@@ -108,7 +110,7 @@ def test_resume_is_bit_identical_in_one_process(recipe_file, tmp_path):
 
 def test_resume_is_bit_identical_in_two_processes(recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    common = ["processes=2", "stages.0.steps=6"]
+    common = ["processes=2", "stages.0.steps=6", "optimizer.muon=2.0"]
     assert run(recipe_file, [*common, f"out={tmp_path / 'whole'}"]) == 0
     parts = [*common, f"out={tmp_path / 'parts'}", "checkpoint_every=4"]
     assert run(recipe_file, parts) == 0

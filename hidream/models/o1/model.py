@@ -122,15 +122,21 @@ class O1(nn.Module):
         logits = self.lm_head(hidden[:, :num_text]) if self.lm_head is not None else None
         return Prediction(x0, logits)
 
+    def embed_causal(
+        self, requests: Sequence[Tokens]
+    ) -> tuple[Float[Tensor, "a d"], tuple[Float[Tensor, "a d"], ...]]:
+        """The causal tokens of all requests, one after the other, and what deepstack adds."""
+        device = self.model.language_model.embed_tokens.weight.device
+        ids = torch.cat([r.input_ids for r in requests]).to(device)
+        hidden = self.model.language_model.embed_tokens(ids)
+        slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0].to(device)
+        return _place(hidden, slots, self._see(requests, hidden))
+
     def prefill(self, requests: Sequence[Tokens]) -> Prefix:
         """Keys and values of every request's causal tokens, embedded references, angles."""
         uit, backend = self.model, self.attention_backend
-        device = uit.language_model.embed_tokens.weight.device
-        ids = torch.cat([r.input_ids for r in requests]).to(device)
-        hidden = uit.language_model.embed_tokens(ids)
-        slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0].to(device)
-        hidden, deepstack = _place(hidden, slots, self._see(requests, hidden))
-        requests = [tokens.to(device) for tokens in requests]
+        hidden, deepstack = self.embed_causal(requests)
+        requests = [tokens.to(hidden.device) for tokens in requests]
         lengths = [len(r.input_ids) for r in requests]
         keys: list[tuple[Tensor, ...]] = []
         values: list[tuple[Tensor, ...]] = []
