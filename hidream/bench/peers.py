@@ -122,8 +122,10 @@ class TwoPass(WholeSequence):
         v = own.v_proj(normed).view(shape).transpose(1, 2)
         q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
         grouped = q.shape[1] != k.shape[1]
-        head = (t[:, :, :num_causal] for t in (q, k, v))
-        causal = F.scaled_dot_product_attention(*head, is_causal=True, enable_gqa=grouped)
+        q_causal, k_causal, v_causal = (t[:, :, :num_causal] for t in (q, k, v))
+        causal = F.scaled_dot_product_attention(
+            q_causal, k_causal, v_causal, is_causal=True, enable_gqa=grouped
+        )
         full = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         read = torch.cat([causal, full[:, :, num_causal:]], dim=2)
         hidden = hidden + own.o_proj(read.transpose(1, 2).flatten(2))
@@ -144,7 +146,7 @@ def _transformers_decoder(model: O1) -> tuple[Any, Any, Any]:
 
     special = {f"<|{name}|>": i for i, name in enumerate(("image_pad", "video_pad"))}
     special |= {f"<|vision_{name}|>": i for i, name in enumerate(("start", "end"))}
-    config = qwen.Qwen3VLConfig(**model.config.to_dict(special)).text_config
+    config: Any = qwen.Qwen3VLConfig(**model.config.to_dict(special)).text_config
     config._attn_implementation = "sdpa"
     own = model.model.language_model
     device = own.norm.weight.device

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -61,8 +62,8 @@ def time_case(
     stepped: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in _turned(list(ways), number):
-            begun[name].append(_seconds(lambda way=ways[name]: way.begin(branches), device))
-            stepped[name].append(_seconds(lambda way=ways[name]: way.step(x_t, sigma), device))
+            begun[name].append(_seconds(partial(ways[name].begin, branches), device))
+            stepped[name].append(_seconds(partial(ways[name].step, x_t, sigma), device))
     pictures = {
         name: [b + num_steps * s for b, s in zip(begun[name], stepped[name], strict=True)]
         for name in ways
