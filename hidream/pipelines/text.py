@@ -148,7 +148,7 @@ def _chooser(
         request = requests[row]
         return choose_token(
             logits,
-            uniform(request.seed, number),
+            uniform(request.seed, number) if request.temperature else 0.0,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,

@@ -28,8 +28,8 @@ def choose_token(
     scores, ids = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
     probabilities = scores[:top_k].softmax(dim=0)
     reached = probabilities.cumsum(dim=0)
-    count = int((probabilities > 0).sum())
     if top_p < 1:
-        count = min(count, int((reached < top_p).sum()) + 1)
-    place = int((reached[:count] <= draw * reached[count - 1]).sum())
-    return int(ids[min(place, count - 1)])  # rounding may carry a draw near 1 past the end
+        reached = reached[: int((reached < top_p).sum()) + 1]
+    place = int((reached <= draw * reached[-1]).sum())
+    last = int((reached < reached[-1]).sum())  # rounding may carry a draw near 1 past it
+    return int(ids[min(place, last)])
