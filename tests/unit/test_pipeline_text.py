@@ -95,6 +95,18 @@ def test_a_seed_decides_what_is_drawn(pipe):
     assert pipe.generate_text(drawn[0].request).text == drawn[0].text
 
 
+def test_a_text_draws_its_own_numbers_one_a_token(pipe, monkeypatch):
+    asked = []
+
+    def spy(seed, index):
+        asked.append((seed, index))
+        return 0.5
+
+    monkeypatch.setattr(texts, "uniform", spy)
+    pipe.generate_text([request(seed=s, temperature=t) for s, t in ((5, 1), (6, 0), (7, 1))])
+    assert asked == [(seed, number) for number in range(8) for seed in (5, 7)]
+
+
 def test_pieces_come_in_order_and_make_the_text(pipe):
     requests = [request(temperature=1.5, seed=seed, max_new_tokens=20 + seed) for seed in (0, 1)]
     told = []

@@ -7,7 +7,7 @@ import torch
 
 from hidream.errors import ModelError
 from hidream.models.o1.config import O1_NANO, O1_TINY, VISION_PIXELS, O1Config
-from hidream.models.o1.text import Cache, _cache, next_logits, write
+from hidream.models.o1.text import Cache, next_logits, write
 from hidream.models.o1.tokens import Tokens, encode_text
 from tests import tiny
 
@@ -48,7 +48,7 @@ def test_a_step_is_the_whole_text_computed_again(tiny_model, requests):
     """More steps than a cache's first room holds; the logits of each are those without a cache."""
     said = [list(range(300 + row, 370 + row)) for row in range(len(requests))]
     prefix = tiny_model.prefill(requests)
-    caches = [_cache(prefix, tokens, row) for row, tokens in enumerate(requests)]
+    caches = [Cache.after(prefix, row, tokens) for row, tokens in enumerate(requests)]
     for step in range(70):
         logits = next_logits(tiny_model, torch.tensor([ids[step] for ids in said]), caches)
         if step in (0, 1, 40, 69):

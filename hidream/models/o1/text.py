@@ -36,6 +36,12 @@ class Cache:
         self.length = len(keys[0])
         self.position = position
 
+    @classmethod
+    def after(cls, prefix: Prefix, row: int, tokens: Tokens) -> Cache:
+        """What a request's prefix holds: row `row` of a batch, made from `tokens`."""
+        keys, values = ([layer[row] for layer in part] for part in (prefix.keys, prefix.values))
+        return cls(keys, values, int(tokens.position_ids[0, len(tokens.input_ids)]))
+
     def add(
         self, layer: int, key: Float[Tensor, "g d"], value: Float[Tensor, "g d"]
     ) -> tuple[Float[Tensor, "s g d"], Float[Tensor, "s g d"]]:
@@ -71,7 +77,7 @@ def write(
     their order; what it raises ends the work. Raises ModelError where the model cannot write.
     """
     prefix = model.prefill(requests)
-    caches = [_cache(prefix, tokens, row) for row, tokens in enumerate(requests)]
+    caches = [Cache.after(prefix, row, tokens) for row, tokens in enumerate(requests)]
     logits = model.logits(prefix.last)
     written: list[list[int]] = [[] for _ in requests]
     writing = list(range(len(requests)))
@@ -119,10 +125,3 @@ def next_logits(
         cache.advance()
     return model.logits(hidden)
 
-
-def _cache(prefix: Prefix, tokens: Tokens, row: int) -> Cache:
-    return Cache(
-        [layer[row] for layer in prefix.keys],
-        [layer[row] for layer in prefix.values],
-        int(tokens.position_ids[0, len(tokens.input_ids)]),
-    )
