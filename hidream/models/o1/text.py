@@ -124,4 +124,3 @@ def next_logits(
     for cache in caches:
         cache.advance()
     return model.logits(hidden)
-
