@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GenerateRequest", "HiDreamPipeline", "__version__", "load"]
+__all__ = ["GenerateRequest", "HiDreamPipeline", "TextRequest", "__version__", "load"]
 
 if TYPE_CHECKING:
     from hidream.pipelines import HiDreamPipeline, load
     from hidream.request import GenerateRequest
+    from hidream.text_request import TextRequest
 
 _HOMES = {
     "load": "hidream.pipelines",
     "HiDreamPipeline": "hidream.pipelines",
     "GenerateRequest": "hidream.request",
+    "TextRequest": "hidream.text_request",
 }
 
 

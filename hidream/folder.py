@@ -7,7 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,23 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A model folder: its `config.json`, its `hidream.json` ({} without one), its tensors."""
+    """A model folder: its `config.json`, its `hidream.json` ({} without one), its tensors, and
+    how it says that pictures are prepared (`preprocessor_config.json`, {} without one)."""
 
     path: Path
     config: Mapping[str, Any]
     settings: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_params(self) -> int:
         return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the model can write: a head of its own, or its embeddings used as one."""
+        return bool(self.config.get("tie_word_embeddings")) or "lm_head.weight" in self.tensors
 
 
 def open_folder(path: str | Path) -> Folder:
@@ -81,7 +88,13 @@ def open_folder(path: str | Path) -> Folder:
             tensors[name] = info
     if placed is not None:
         _check_index(index, placed, tensors)
-    return Folder(path=path, config=config, settings=settings, tensors=tensors)
+    return Folder(
+        path=path,
+        config=config,
+        settings=settings,
+        tensors=tensors,
+        preprocessor=_optional_json(path / "preprocessor_config.json"),
+    )
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,7 +237,10 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    file = path / "hidream.json"
+    return _optional_json(path / "hidream.json")
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
     return _read_json(file) if file.is_file() else {}
 
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
@@ -24,8 +25,10 @@ BATCH_AREA = 4 * 1024 * 1024  # pixels of a batch, unless one picture alone has 
 
 Box = tuple[float, float, float, float]
 
+Range = tuple[bool, float, float, bool]
+
 # field -> (whole numbers only, lowest, highest, is the lowest itself allowed)
-RANGES: dict[str, tuple[bool, float, float, bool]] = {
+RANGES: dict[str, Range] = {
     "num_inference_steps": (True, 1, 1000, True),
     "num_images": (True, 1, MAX_IMAGES, True),
     "guidance_scale": (False, 0, 100, True),
@@ -34,6 +37,12 @@ RANGES: dict[str, tuple[bool, float, float, bool]] = {
     "noise_clip_std": (False, 0, 1000, False),
     "strength": (False, 0, 1, False),
     "sparsity": (False, 0, 1, True),
+}
+TEXT_RANGES: dict[str, Range] = {
+    "max_new_tokens": (True, 1, 32_768, True),
+    "temperature": (False, 0, 100, True),
+    "top_p": (False, 0, 1, False),
+    "top_k": (True, 1, 1_000_000, True),
 }
 
 
@@ -66,6 +75,11 @@ def clean_prompt(text: object, name: str = "prompt", *, may_be_empty: bool = Fal
     if not may_be_empty and all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cf") for c in text):
         raise InputError(f"{name} is empty.", "Say what to draw.")
     return text
+
+
+def is_picture(value: Any) -> bool:
+    """A path, or something that behaves as a PIL image."""
+    return isinstance(value, str | Path) or (hasattr(value, "size") and hasattr(value, "convert"))
 
 
 def size_error(width: int, height: int, patch_size: int) -> str | None:
@@ -134,11 +148,11 @@ def _whole(name: str, value: Any) -> int:
     return int(value.__index__())
 
 
-def check_in_range(name: str, value: Any) -> Any:
-    """A number within its row of `RANGES`; UsageError otherwise."""
+def check_in_range(name: str, value: Any, ranges: Mapping[str, Range] = RANGES) -> Any:
+    """A number within its row of `ranges`; UsageError otherwise."""
     if value is None:
         return None
-    whole, low, high, low_allowed = RANGES[name]
+    whole, low, high, low_allowed = ranges[name]
     if whole:
         number: float = _whole(name, value)
     elif isinstance(value, bool) or not isinstance(value, Real):

@@ -24,6 +24,7 @@ from hidream.limits import (
     check_side,
     check_sigmas,
     clean_prompt,
+    is_picture,
     read_layout,
     size_error,
     snap_size,
@@ -130,13 +131,13 @@ class GenerateRequest:
         references = self.references
         if references is None:
             references = ()
-        elif _is_picture(references):
+        elif is_picture(references):
             references = (references,)
         elif not isinstance(references, Iterable):
             raise UsageError(f"references={references!r} is not a list of pictures.")
         references = tuple(references)
         for number, picture in enumerate(references, 1):
-            if not _is_picture(picture):
+            if not is_picture(picture):
                 raise UsageError(f"reference {number} is neither a path nor a picture.")
         if len(references) > MAX_REFERENCES:
             raise UsageError(
@@ -145,7 +146,7 @@ class GenerateRequest:
             )
         put(self, "references", references)
         for name in ("mask", "init_image"):
-            if getattr(self, name) is not None and not _is_picture(getattr(self, name)):
+            if getattr(self, name) is not None and not is_picture(getattr(self, name)):
                 raise UsageError(f"{name} is neither a path nor a picture.")
         if self.init_image is None and self.strength is not None:
             raise UsageError("strength is for image-to-image.", "Give the picture: --init IMAGE.")
@@ -318,17 +319,12 @@ def _resolved_size(
     return width, height
 
 
-def _is_picture(value: Any) -> bool:
-    """A path, or something that behaves as a PIL image."""
-    return isinstance(value, str | Path) or (hasattr(value, "size") and hasattr(value, "convert"))
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    if _is_picture(value) and not isinstance(value, str):
+    if is_picture(value) and not isinstance(value, str):
         return f"memory:{value.size[0]}x{value.size[1]}"
     return value
 

@@ -157,6 +157,31 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     later.add_argument("--embed-inputs", action="store_true")
 
 
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """How a text is written: fields of a TextRequest, absent where they are not given."""
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--max-tokens",
+        dest="max_new_tokens",
+        type=_whole,
+        metavar="N",
+        help="longest answer (default 256)",
+        **unset,
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0, the default, takes the likeliest word each time; 1 draws by probability",
+        **unset,
+    )
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest only", **unset
+    )
+    group.add_argument("--seed", type=_whole, metavar="N", help="-1 draws one", **unset)
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(

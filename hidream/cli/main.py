@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ("generate", "draw pictures from a prompt"),
     "edit": ("edit", "change a picture as an instruction says"),
     "subject": ("subject", "draw what reference pictures show, in a new picture"),
+    "describe": ("describe", "say what a picture shows, or answer a question about it"),
     "info": ("info", "show what a picture says about itself"),
     "models": ("models", "list, describe, check and download models"),
     "doctor": ("doctor", "look at this machine and installation"),
@@ -38,7 +39,7 @@ HELP = "\n".join(
         "hidream COMMAND --help lists a command's flags; hidream --version shows the version.",
         "",
         "Exit codes: 0 done, 2 usage, 3 bad input, 4 model missing or broken, 5 out of memory,",
-        "130 interrupted. Paths or JSON go to stdout, progress and messages to stderr.",
+        "130 interrupted. Paths, text or JSON go to stdout, progress and messages to stderr.",
     ]
 )
 

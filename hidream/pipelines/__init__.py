@@ -1,6 +1,7 @@
-"""From requests to pictures: `load` a model, call it."""
+"""From requests to pictures and texts: `load` a model, call it."""
 
 from hidream.pipelines.diffusers_style import HiDreamPipeline
 from hidream.pipelines.pipeline import Output, Pipeline, load
+from hidream.pipelines.text import TextOutput
 
-__all__ = ["HiDreamPipeline", "Output", "Pipeline", "load"]
+__all__ = ["HiDreamPipeline", "Output", "Pipeline", "TextOutput", "load"]

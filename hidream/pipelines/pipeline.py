@@ -20,9 +20,11 @@ from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.pictures import read_mask, read_picture
 from hidream.pipelines.denoise import Counter, Job, Source, batch_key, denoise_batch
+from hidream.pipelines.text import OnToken, TextOutput, write_texts
 from hidream.registry import Spec, nearest
 from hidream.request import GenerateRequest, resolve, warnings_of
 from hidream.sampling import dev_sigmas
+from hidream.text_request import TextRequest
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,70 @@ class Pipeline:
         if isinstance(prompt, GenerateRequest):
             return self._run([prompt], on_step)[0]
         return self._run(list(prompt), on_step)
+
+    @overload
+    def generate_text(
+        self,
+        prompt: str | TextRequest,
+        pictures: Sequence[str | Path | Image.Image] = (),
+        *,
+        on_token: OnToken | None = None,
+        **fields: Any,
+    ) -> TextOutput: ...
+    @overload
+    def generate_text(
+        self, prompt: Sequence[TextRequest], *, on_token: OnToken | None = None
+    ) -> list[TextOutput]: ...
+    def generate_text(
+        self,
+        prompt: str | TextRequest | Sequence[TextRequest],
+        pictures: Sequence[str | Path | Image.Image] = (),
+        *,
+        on_token: OnToken | None = None,
+        **fields: Any,
+    ) -> TextOutput | list[TextOutput]:
+        """What the model answers: to a prompt about pictures or none, a TextRequest, or several.
+
+        `fields` are a TextRequest's. Several requests are written together, each as if alone, to
+        fp32 rounding. The model sees pictures as `models.o1.tokens.encode_text` says.
+        `on_token(place, number, text)` is called for every token (1, 2, …) of the request at
+        `place`; the texts of one request joined are its result's, and a text is empty where the
+        token ends inside a character. What it raises ends the call.
+
+        Raises ModelError where the checkpoint has no language head.
+        """
+        if isinstance(prompt, str):
+            request = TextRequest(prompt=prompt, pictures=tuple(pictures), **fields)
+            return self._write([request], on_token)[0]
+        if fields or pictures:
+            raise UsageError(
+                f"{', '.join(fields) or 'pictures'}: a TextRequest has its fields inside.",
+                "Use dataclasses.replace(request, …) to change them.",
+            )
+        if isinstance(prompt, TextRequest):
+            return self._write([prompt], on_token)[0]
+        return self._write(list(prompt), on_token)
+
+    def describe(
+        self,
+        picture: str | Path | Image.Image,
+        question: str | None = None,
+        *,
+        on_token: OnToken | None = None,
+        **fields: Any,
+    ) -> TextOutput:
+        """A description of the picture, or the answer to a question about it.
+
+        As `generate_text` in all else.
+        """
+        return self.generate_text(TextRequest.about(picture, question, **fields), on_token=on_token)
+
+    @torch.inference_mode()
+    def _write(self, requests: list[TextRequest], on_token: OnToken | None) -> list[TextOutput]:
+        try:
+            return write_texts(self.model, self.tokenizer, requests, on_token)
+        except torch.OutOfMemoryError as error:
+            raise _memory_exceeded(self.device, "the prompts and pictures") from error
 
     @torch.inference_mode()
     def _run(self, requests: list[GenerateRequest], on_step: OnStep | None) -> list[Output]:

@@ -1,15 +1,17 @@
-"""Sampling: from noise to a picture along a velocity field. It knows no model.
+"""Sampling: from noise to a picture along a velocity field, from scores to a word. It knows no
+model.
 
 flow       the convention: sigma, x_t, x0, velocity
 schedules  which sigmas are visited
 samplers   euler, heun, unipc, flash
 guidance   two branches of a model as one velocity
 noise      a counter-based generator: one picture, one seed, the same noise everywhere
+words      the next token of a text, by its logits
 """
 
 from hidream.sampling.flow import Denoise, add_noise, to_velocity, to_x0
 from hidream.sampling.guidance import Branches, cfg, cfg_batched, guide
-from hidream.sampling.noise import initial_noise, picture_noise, step_noise
+from hidream.sampling.noise import initial_noise, picture_noise, step_noise, uniform
 from hidream.sampling.samplers import (
     SAMPLERS,
     Noise,
@@ -29,6 +31,7 @@ from hidream.sampling.schedules import (
     shift_sigma,
     truncate,
 )
+from hidream.sampling.words import choose_token
 
 __all__ = [
     "SAMPLERS",
@@ -40,6 +43,7 @@ __all__ = [
     "add_noise",
     "cfg",
     "cfg_batched",
+    "choose_token",
     "clip_noise",
     "custom_sigmas",
     "dev_sigmas",
@@ -56,5 +60,6 @@ __all__ = [
     "to_velocity",
     "to_x0",
     "truncate",
+    "uniform",
     "unipc",
 ]

@@ -60,6 +60,14 @@ def picture_noise(seed: int, stream: int, shape: Sequence[int]) -> Float[Tensor,
     return torch.from_numpy(normals.reshape(-1)[:size].reshape(tuple(shape)))
 
 
+def uniform(seed: int, index: int) -> float:
+    """Number `index` (0 ... 2**64 - 1) of a seed, even over [0, 1), a multiple of 2**-32."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed {seed} is not between 0 and {MAX_SEED}.")
+    block = [np.array([word], np.uint64) for word in (index & 0xFFFFFFFF, index >> 32, 0, 0)]
+    return float(philox4x32(block, (seed & 0xFFFFFFFF, seed >> 32))[0][0]) / 2**32
+
+
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 

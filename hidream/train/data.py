@@ -26,7 +26,7 @@ from hidream.models.o1.tokens import (
     Tokenizer,
     Tokens,
     encode_prepared,
-    text_positions,
+    encode_text,
 )
 from hidream.train.config import Recipe, Stage
 from hidream.world import tasks
@@ -171,10 +171,12 @@ def padded_lengths(
 ) -> tuple[int, int]:
     """(text positions, reference patches) of a batch: those of its longest possible sample."""
     blank = [Image.new("RGB", (size, size))] * shape.num_pictures
-    prepared = blank if task in TEXT_TASKS else _prepare(config, size, blank)
-    tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
-    num_references = 0 if task in TEXT_TASKS else len(tokens.references)
-    return len(tokens.input_ids) + shape.longest, num_references
+    if task in TEXT_TASKS:
+        tokens = encode_text(tokenizer, config, "", blank, [tokenizer.special["<|im_end|>"]])
+    else:
+        prepared = _prepare(config, size, blank)
+        tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
+    return len(tokens.input_ids) + shape.longest, len(tokens.references)
 
 
 def _noise(seed: int, index: int, shape: tuple[int, ...]) -> Float[Tensor, "n p"]:
@@ -245,7 +247,10 @@ def encode_sample(
     """A sample's tokens and the stretch of its text that carries a loss: caption or answer."""
     pictures = [Image.fromarray(p) for p in sample.reference_pictures(stage.size, stage.size)]
     if sample.task in TEXT_TASKS:
-        return _encode_answer(config, tokenizer, stage, sample, pictures)
+        answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
+        tokens = encode_text(tokenizer, config, sample.prompt, pictures, answer)
+        num_text = len(tokens.input_ids)
+        return tokens, slice(num_text - len(answer), num_text)
     prompt, objective = sample.prompt, recipe.objective
     drop_caption, drop_references = generator(recipe.seed, Stream.DROPOUT, index).random(2)
     if drop_caption < objective.caption_dropout:
@@ -263,34 +268,6 @@ def encode_sample(
     dropped = prompt is UNCONDITIONAL_PROMPT or not objective.caption_weight
     end = tokens.caption.stop
     return tokens, slice(1, 1) if dropped else slice(tokens.caption.start, end + 1)
-
-
-def _encode_answer(
-    config: O1Config,
-    tokenizer: Tokenizer,
-    stage: Stage,
-    sample: Sample,
-    pictures: list[Image.Image],
-) -> tuple[Tokens, slice]:
-    """`user: [pictures] prompt; assistant: answer<|im_end|>`, and nothing generated after it."""
-    asked = encode_prepared(
-        tokenizer, config, sample.prompt, pictures, width=stage.size, height=stage.size
-    )
-    question = asked.input_ids[:-1]  # without <|boi_token|>: text follows, no picture
-    answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
-    input_ids = torch.cat([question, torch.tensor(answer)])
-    image_slots = torch.cat([asked.image_slots[:-1], torch.zeros(len(answer), dtype=torch.bool)])
-    merge = config.vision.merge_size
-    merged = [(rows // merge, columns // merge) for rows, columns in asked.image_grids]
-    tokens = replace(
-        asked,
-        input_ids=input_ids,
-        image_slots=image_slots,
-        position_ids=text_positions(image_slots, merged, num_after=1),
-        references=asked.references[:0],
-        grid=(0, 0),
-    )
-    return tokens, slice(len(question), len(input_ids))
 
 
 class Prefetcher:

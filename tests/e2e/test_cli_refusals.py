@@ -93,6 +93,23 @@ FLAGS = [
     (["generate", "x", "--mask", "m.png"], 2, ["mask", "0 references"]),
     (["subject", "x"], 2, ["--ref"]),
     (["edit", "a.png"], 2, ["INSTRUCTION"]),
+    (["describe"], 2, ["IMAGE"]),
+    (["describe", "a.png", "b?", "c?"], 2, ['"c?"']),
+    (["describe", "a.png", ""], 3, ["question is empty"]),
+    (["describe", "a.png", "a\x1b"], 3, ["control character", "U+001B"]),
+    (["describe", "a.png", "--max-tokens", "0"], 2, ["max_new_tokens=0", "1 … 32768"]),
+    (["describe", "a.png", "--max-tokens", "40000"], 2, ["40000", "1 … 32768"]),
+    (["describe", "a.png", "--max-tokens", "many"], 2, ["--max-tokens", "many"]),
+    (["describe", "a.png", "--temperature", "-1"], 2, ["temperature=-1", "0 … 100"]),
+    (["describe", "a.png", "--temperature", "nan"], 2, ["temperature", "finite"]),
+    (["describe", "a.png", "--top-p", "0"], 2, ["top_p=0"]),
+    (["describe", "a.png", "--top-p", "1.5"], 2, ["top_p=1.5", "up to 1"]),
+    (["describe", "a.png", "--seed", "-2"], 2, ["seed=-2"]),
+    (["describe", "a.png", "--steps", "3"], 2, ['"--steps"']),
+    (["describe", "a.png", "--device", "tpu"], 2, ["tpu", "cpu"]),
+    (["describe", "a.png", "--memory", "low"], 2, ["--memory low"]),
+    (["describe", "a.png", "-m", "o1-nona"], 2, ['unknown model "o1-nona"', '"o1-nano"']),
+    (["describe", "none.png"], 3, ["none.png", "does not exist"]),
     (["models", "inf"], 2, ['"info"']),
     (["models", "info", "o1-nona"], 2, ['"o1-nano"']),
     (["train"], 2, ["RECIPE.toml"]),
@@ -168,6 +185,8 @@ def input_cases(tmp: Path) -> list:
         (["generate", "x", "-o", str(tmp / ("n" * 300 + ".png"))], 3, ["cannot write"]),
         (["generate", "--from", good, "-o", str(tmp / "f.png")], 3, ["no settings"]),
         (["info", str(tmp / "text.png")], 3, ["PNG, JPEG or WebP"]),
+        (["describe", str(tmp / "cut.png")], 3, ["cut.png", "truncated"]),
+        (["describe", good, "-m", str(tmp / "nowhere")], 4, ["nowhere", "does not exist"]),
         ([*model, str(tmp / "nowhere")], 4, ["nowhere", "does not exist"]),
         ([*model, "./nowhere"], 4, ["nowhere", "does not exist"]),
         ([*model, str(broken)], 4, ["config.json is missing"]),
@@ -204,6 +223,12 @@ def folder_cases(tmp: Path, tiny: Path) -> list:
     folder, _ = copy("settings")
     (folder / "hidream.json").write_text('{"sampler": "eular"}')
     add(folder, "hidream.json", "eular")
+    folder, weights = copy("headless")
+    tensors = load_file(weights)
+    del tensors["lm_head.weight"]
+    save_file(tensors, weights)
+    argv = ["describe", str(tmp / "good.png"), "-m", str(folder)]
+    cases.append((argv, 4, ["no lm_head", "can draw, but not write"]))
     return cases
 
 

@@ -10,6 +10,7 @@ from hidream.train.config import parse_recipe
 from hidream.train.data import (
     Prefetcher,
     _num_words,
+    encode_sample,
     make_batch,
     noise_levels,
     task_of,
@@ -111,6 +112,27 @@ def test_captions_and_answers_are_labelled_with_their_own_tokens(tokenizer):
             said = row[row != IGNORE].tolist()
             assert said[-1] == end
             assert tokenizer.decode(said).strip()
+
+
+@pytest.mark.parametrize("task", ["language", "understanding"])
+def test_an_answer_follows_what_a_user_would_ask(tokenizer, task):
+    """The sequence before the answer is that of `generate_text`, pictures and positions too."""
+    from PIL import Image
+
+    from hidream.models.o1.tokens import encode_text
+
+    recipe = recipe_of(tasks=[task])
+    config, stage, sample = model_config(recipe), recipe.stages[0], tasks.sample(task, 3, 5)
+    tokens, answer = encode_sample(recipe, config, tokenizer, stage, sample, 5)
+    pictures = [Image.fromarray(p) for p in sample.reference_pictures(stage.size, stage.size)]
+    asked = encode_text(tokenizer, config, sample.prompt, pictures)
+    assert len(pictures) == (task == "understanding")
+    assert torch.equal(tokens.input_ids[: answer.start], asked.input_ids)
+    positions = tokens.position_ids[:, : answer.start + 1]
+    assert torch.equal(positions, asked.position_ids)
+    assert torch.equal(tokens.pixel_values, asked.pixel_values)
+    assert tokenizer.decode(tokens.input_ids[answer].tolist()) == sample.answer
+    assert tokens.input_ids[answer][-1] == tokenizer.special["<|im_end|>"]
 
 
 def test_a_dropped_caption_is_the_unconditional_one_and_carries_no_loss(tokenizer):

@@ -96,12 +96,17 @@ def _row(table: tuple[tuple[int, float], ...], count: int) -> float:
     return next((size for most, size in table if count <= most), table[-1][1])
 
 
+VISION_PIXELS = (256 * 256, 4096 * 4096)  # Qwen3-VL's published bounds
+
+
 @dataclass(frozen=True, kw_only=True)
 class O1Config:
     """HiDream-O1-Image.
 
     `patch_size`: side of a generated pixel patch. `bottleneck_size`: values that a patch is
-    squeezed to on its way in; None is a quarter of the width, as published.
+    squeezed to on its way in; None is a quarter of the width, as published. `vision_pixels`: the
+    least and the most pixels of a picture to write about; None: as many as `budgets` gives a
+    reference's copy.
     """
 
     text: TextConfig
@@ -111,9 +116,13 @@ class O1Config:
     has_lm_head: bool = True
     tie_word_embeddings: bool = False
     budgets: ReferenceBudgets = field(default_factory=ReferenceBudgets)
+    vision_pixels: tuple[int, int] | None = VISION_PIXELS
 
     def __post_init__(self) -> None:
         _check_counts(self)
+        bounds = self.vision_pixels
+        if bounds and not (all(type(n) is int for n in bounds) and 0 < bounds[0] <= bounds[1]):
+            raise ValueError(f"vision_pixels={bounds} are not two rising whole numbers")
 
     @property
     def patch_dim(self) -> int:
@@ -142,6 +151,8 @@ class O1Config:
             key: tuple(tuple(row) for row in rows)
             for key, rows in settings.get("reference_budgets", {}).items()
         }
+        # A folder with its own budgets was trained on nothing else, unless it says so.
+        pixels = settings.get("vision_pixels", None if budgets else VISION_PIXELS)
         return cls(
             text=TextConfig(
                 hidden_size=text["hidden_size"],
@@ -170,6 +181,7 @@ class O1Config:
             bottleneck_size=settings.get("bottleneck_size"),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             budgets=ReferenceBudgets(**budgets),
+            vision_pixels=None if pixels is None else (pixels[0], pixels[1]),
         )
 
     def to_settings(self) -> dict[str, Any]:
@@ -181,6 +193,7 @@ class O1Config:
                 "sides": [list(row) for row in self.budgets.sides],
                 "vision_sides": [list(row) for row in self.budgets.vision_sides],
             },
+            "vision_pixels": list(self.vision_pixels) if self.vision_pixels else None,
         }
 
     def to_dict(self, special_tokens: Mapping[str, int]) -> dict[str, Any]:
@@ -309,6 +322,7 @@ O1_NANO = O1Config(
     patch_size=16,
     bottleneck_size=256,
     budgets=ReferenceBudgets(vision_sides=((1, 128), (4, 64), (5, 32))),
+    vision_pixels=None,
 )
 
 # For tests: every part is there, nothing is large.

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hidream.errors import ModelError
 from hidream.models.o1.batch import Batch
 from hidream.models.o1.config import O1Config
 from hidream.models.o1.decoder import Decoder
@@ -53,12 +54,14 @@ class Prefix:
 
     `keys[layer][row]`, `values[layer][row]`: (a, kv_heads, head_dim) of a request's causal tokens.
     `references[row]`: (r, d), embedded patches. `ropes[row]`: angles of its generated tokens.
+    `last[row]`: the last causal token's hidden state, from which an answer's first token is read.
     """
 
     keys: tuple[tuple[Tensor, ...], ...]
     values: tuple[tuple[Tensor, ...], ...]
     references: tuple[Float[Tensor, "_ d"], ...]
     ropes: tuple[Rope, ...]
+    last: Float[Tensor, "b d"]
 
     def __len__(self) -> int:
         return len(self.references)
@@ -70,6 +73,7 @@ class Prefix:
             values=tuple(tuple(layer[row] for row in rows) for layer in self.values),
             references=tuple(self.references[row] for row in rows),
             ropes=tuple(self.ropes[row] for row in rows),
+            last=self.last[list(rows)],
         )
 
 
@@ -156,13 +160,23 @@ class O1(nn.Module):
             for n, r in zip(lengths, requests, strict=True)
         ]
         rope = uit.language_model.rope(torch.cat([causal for causal, _ in positions], dim=1))
-        uit.language_model(hidden, rope, lambda layer: partial(read, layer), deepstack)
+        hidden = uit.language_model(hidden, rope, lambda layer: partial(read, layer), deepstack)
         return Prefix(
             keys=tuple(keys),
             values=tuple(values),
             references=tuple(uit.x_embedder(r.references.to(hidden)) for r in requests),
             ropes=tuple(uit.language_model.rope(generated) for _, generated in positions),
+            last=torch.stack([row[-1] for row in hidden.split(lengths)]),
         )
+
+    def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b vocab"]:
+        """How likely each token is to come next. Raises ModelError without a language head."""
+        if self.lm_head is None:
+            raise ModelError(
+                "this checkpoint has no lm_head: it can draw, but not write.",
+                "Use a folder that holds lm_head.weight.",
+            )
+        return self.lm_head(hidden)
 
     def predict_x0(
         self, x_t: Float[Tensor, "b n p"], sigma: Float[Tensor, ""], prefix: Prefix

@@ -85,6 +85,22 @@ def vision_copy(picture: Image.Image, side: int, multiple: int) -> Image.Image:
     return picture.resize((columns * multiple, rows * multiple), Image.Resampling.LANCZOS)
 
 
+def fit_to_bounds(picture: Image.Image, least: int, most: int, multiple: int) -> Image.Image:
+    """A picture to write about, as Qwen3-VL sees it: each side at its nearest multiple, unless
+    that makes fewer than `least` or more than `most` pixels; then scaled to that bound."""
+    width, height = picture.size
+    columns, rows = (round(n / multiple) for n in (width, height))
+    pixels = columns * rows * multiple**2
+    if pixels > most:
+        scale = math.sqrt(width * height / most)
+        columns, rows = (max(math.floor(n / scale / multiple), 1) for n in (width, height))
+    elif pixels < least:
+        scale = math.sqrt(least / (width * height))
+        columns, rows = (math.ceil(n * scale / multiple) for n in (width, height))
+    size = (columns * multiple, rows * multiple)
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
 def pixel_boxes(layout: Sequence[Box], width: int, height: int) -> list[PixelBox]:
     """(left, top, right, bottom) of each box, both corners inside the picture."""
     return [

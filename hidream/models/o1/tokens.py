@@ -18,9 +18,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from hidream.errors import ModelError
-from hidream.models.o1.config import O1Config
+from hidream.models.o1.config import O1Config, VisionConfig
 from hidream.models.o1.patches import patchify, to_tensor, vision_patches
-from hidream.models.o1.references import Box, prepare_references, vision_copy
+from hidream.models.o1.references import Box, fit_to_bounds, prepare_references, vision_copy
 
 FIRST_TARGET_POSITION = 4096  # on all three axes, however long the prompt is
 UNCONDITIONAL_PROMPT = " "
@@ -44,8 +44,9 @@ SPECIAL_TOKENS = (
 class Tokens:
     """One request: `[a causal tokens | timestep | n target patches | r reference patches]`.
 
-    `input_ids` are the causal tokens, up to `<|boi_token|>`. `position_ids` hold (time, row,
-    column) of all tokens. `references`: clean patches in [−1, 1], (0, p) without any.
+    `input_ids` are the causal tokens, up to `<|boi_token|>` where a picture follows.
+    `position_ids` hold (time, row, column) of all tokens. `references`: clean patches in [−1, 1],
+    (0, p) without any.
     `image_slots` marks the causal tokens whose embeddings the vision tower gives, from
     `pixel_values` with `image_grids` (rows, columns) in its patches. `caption` is the stretch of
     `input_ids` that spells the prompt.
@@ -214,25 +215,17 @@ def encode_prepared(
     height: int,
 ) -> Tokens:
     """As `encode`, with references that are at their final size already."""
-    patch, vision = config.patch_size, config.vision
-    side = config.budgets.vision_side(len(prepared))
-    copies = [vision_copy(picture, side, vision.stride) for picture in prepared]
-    image_grids = tuple(
-        (c.height // vision.patch_size, c.width // vision.patch_size) for c in copies
-    )
+    patch = config.patch_size
+    pixel_values, image_grids = _vision_input(_vision_copies(prepared, config), config.vision)
     grid = (height // patch, width // patch)
     generated = [grid, *((p.height // patch, p.width // patch) for p in prepared)]
     patches = [patchify(to_tensor(picture), patch) for picture in prepared]
-    pixels = [
-        vision_patches(c, vision.patch_size, vision.merge_size, vision.temporal_patch_size)
-        for c in copies
-    ]
     without_text = Tokens(
         input_ids=torch.zeros(0, dtype=torch.long),
         position_ids=torch.cat([torch.zeros(3, 1), patch_positions(generated)], dim=1).long(),
         references=torch.cat(patches) if patches else torch.zeros(0, config.patch_dim),
         image_slots=torch.zeros(0, dtype=torch.bool),
-        pixel_values=torch.cat(pixels) if pixels else torch.zeros(0, vision.patch_dim),
+        pixel_values=pixel_values,
         image_grids=image_grids,
         grid=grid,
         caption=slice(0, 0),
@@ -240,13 +233,70 @@ def encode_prepared(
     return with_prompt(without_text, tokenizer, config, prompt)
 
 
+def encode_text(
+    tokenizer: Tokenizer,
+    config: O1Config,
+    prompt: str,
+    pictures: Sequence[Image.Image] = (),
+    answer: Sequence[int] = (),
+) -> Tokens:
+    """`user: [pictures] prompt; assistant: answer`, nothing drawn: how text is learnt and written.
+
+    `pictures` are RGB and of any size. The vision tower sees them as Qwen3-VL does, each side at
+    the nearest multiple of its stride within `config.vision_pixels`; a model without these (nano)
+    as it was trained, at the area that `config.budgets` gives a reference's copy. `answer` is ids.
+    The one position after the text is the next token's.
+    """
+    if config.vision_pixels is None:
+        copies = _vision_copies(pictures, config)
+    else:
+        copies = [fit_to_bounds(p, *config.vision_pixels, config.vision.stride) for p in pictures]
+    pixel_values, image_grids = _vision_input(copies, config.vision)
+    merged = _merged(image_grids, config.vision)
+    ids, caption = tokenizer.chat(prompt, [rows * columns for rows, columns in merged])
+    asked = torch.tensor(ids)
+    image_slots = torch.cat(
+        [asked.eq(tokenizer.special["<|image_pad|>"]), torch.zeros(len(answer), dtype=torch.bool)]
+    )
+    return Tokens(
+        input_ids=torch.cat([asked, torch.tensor(answer, dtype=torch.long)]),
+        position_ids=text_positions(image_slots, merged, num_after=1),
+        references=torch.zeros(0, config.patch_dim),
+        image_slots=image_slots,
+        pixel_values=pixel_values,
+        image_grids=image_grids,
+        grid=(0, 0),
+        caption=caption,
+    )
+
+
+def _vision_copies(pictures: Sequence[Image.Image], config: O1Config) -> list[Image.Image]:
+    side = config.budgets.vision_side(len(pictures))
+    return [vision_copy(picture, side, config.vision.stride) for picture in pictures]
+
+
+def _vision_input(
+    copies: Sequence[Image.Image], vision: VisionConfig
+) -> tuple[Float[Tensor, "v c"], tuple[tuple[int, int], ...]]:
+    """The patches of all pictures, one after the other, and each one's rows and columns of them."""
+    size = vision.patch_size
+    pixels = [
+        vision_patches(copy, size, vision.merge_size, vision.temporal_patch_size) for copy in copies
+    ]
+    grids = tuple((copy.height // size, copy.width // size) for copy in copies)
+    return torch.cat(pixels) if pixels else torch.zeros(0, vision.patch_dim), grids
+
+
+def _merged(grids: Sequence[tuple[int, int]], vision: VisionConfig) -> list[tuple[int, int]]:
+    return [(rows // vision.merge_size, columns // vision.merge_size) for rows, columns in grids]
+
+
 def with_prompt(tokens: Tokens, tokenizer: Tokenizer, config: O1Config, prompt: str) -> Tokens:
     """The same request under another prompt, as the unconditional branch is.
 
     Pictures are shared, not copied: the vision tower then sees them once for both.
     """
-    merge = config.vision.merge_size
-    merged = [(rows // merge, columns // merge) for rows, columns in tokens.image_grids]
+    merged = _merged(tokens.image_grids, config.vision)
     ids, caption = tokenizer.chat(prompt, [rows * columns for rows, columns in merged])
     ids.append(tokenizer.special["<|boi_token|>"])
     input_ids = torch.tensor(ids)

@@ -38,9 +38,12 @@ TOKENIZER_FILES = (
 
 def config_of(folder: Folder) -> O1Config:
     """The configuration; a checkpoint without lm_head is one of a model without it."""
-    config = O1Config.from_dict(folder.config, folder.settings)
-    has_head = config.tie_word_embeddings or "lm_head.weight" in folder.tensors
-    return replace(config, has_lm_head=has_head)
+    settings, size = dict(folder.settings), folder.preprocessor.get("size")
+    if isinstance(size, Mapping) and "reference_budgets" not in settings:
+        bounds = [size.get("shortest_edge"), size.get("longest_edge")]  # areas, for all their names
+        settings.setdefault("vision_pixels", bounds)
+    config = O1Config.from_dict(folder.config, settings)
+    return replace(config, has_lm_head=folder.has_lm_head)
 
 
 def shapes_of(config: O1Config) -> dict[str, list[int]]:
