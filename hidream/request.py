@@ -15,10 +15,12 @@ from hidream.limits import (
     RANGES,
     TRAINED_BOXES,
     Box,
+    Lora,
     aspect_size,
     check_area,
     check_in_range,
     check_interval,
+    check_loras,
     check_seed,
     check_side,
     check_sigmas,
@@ -35,7 +37,6 @@ NO_PROMPT = " "  # the caption of the unconditional branch, as published
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "image_guidance_scale": (None,),
-    "loras": ((),),
     "shot": (None,),
     "angle": (None,),
     "view": (None,),
@@ -54,7 +55,8 @@ class GenerateRequest:
     per reference, `(x1, x2, y1, y2)` as fractions of the picture. `seed` may be several, one
     picture each; -1 or None draws one. `guidance_interval` is the range of sigma where guidance
     acts. `sigmas` fall from at most 1, without the final 0. `strength` is the share of the
-    schedule that an image-to-image request runs.
+    schedule that an image-to-image request runs. `loras` holds (path, scale) pairs; a path is a
+    safetensors file, a folder with one, or a hub name.
 
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
@@ -83,7 +85,7 @@ class GenerateRequest:
     mask: Any = None
     strength: float | None = None
     layout: tuple[Box, ...] | None = None
-    loras: tuple[Any, ...] = ()
+    loras: tuple[Lora, ...] = ()
     shot: str | None = None
     angle: str | None = None
     view: str | None = None
@@ -120,7 +122,7 @@ class GenerateRequest:
         put(self, "guidance_interval", check_interval(self.guidance_interval))
         put(self, "seed", check_seed(self.seed, self.num_images))
         self._check_pictures(put)
-        put(self, "loras", tuple(self.loras or ()))
+        put(self, "loras", check_loras(self.loras or ()))
         for name, harmless in _NOT_YET.items():
             if getattr(self, name) not in harmless:
                 raise UsageError(f"{name} is not available for O1 yet.", "Leave it out.")
