@@ -21,9 +21,12 @@ MAX_BOXES = 10  # the colours a layout picture has
 TRAINED_BOXES = 5  # more than the published checkpoints have seen
 MAX_IMAGES = 1000
 MAX_BATCH = 16  # pictures drawn together, fewer when they are large
+MAX_LORAS = 16
+MAX_LORA_SCALE = 100
 BATCH_AREA = 4 * 1024 * 1024  # pixels of a batch, unless one picture alone has more
 
 Box = tuple[float, float, float, float]
+Lora = tuple[str, float]  # a path or hub name, and how strongly it acts
 
 Range = tuple[bool, float, float, bool]
 
@@ -233,6 +236,37 @@ def check_seed(value: Any, num_images: int | None) -> int | tuple[int, ...] | No
             "Leave one out.",
         )
     return seeds
+
+
+def check_loras(value: Any) -> tuple[Lora, ...]:
+    """LoRAs as (path, scale) pairs; a path alone has scale 1. UsageError otherwise."""
+    if isinstance(value, str | Path):
+        value = (value,)
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise UsageError(f"loras={value!r} is not a list of LoRAs.", "Write [(path, scale), …].")
+    found = []
+    for number, entry in enumerate(value, 1):
+        pair = (entry, 1.0) if isinstance(entry, str | Path) else entry
+        good = isinstance(pair, list | tuple) and len(pair) == 2
+        good = good and isinstance(pair[0], str | Path) and isinstance(pair[1], Real)
+        if not good or isinstance(pair[1], bool):
+            raise UsageError(
+                f"entry {number} of loras, {entry!r}, is no path with a scale.",
+                "Write [(path, scale), …].",
+            )
+        path, scale = str(pair[0]), float(pair[1])
+        if not path or any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
+            raise UsageError(f"entry {number} of loras, {path!r}, is no path.")
+        if not math.isfinite(scale) or abs(scale) > MAX_LORA_SCALE:
+            raise UsageError(
+                f"the scale {scale:g} of entry {number} of loras is out of range: "
+                f"−{MAX_LORA_SCALE} … {MAX_LORA_SCALE}.",
+                "1 is the LoRA as it was trained.",
+            )
+        found.append((path, scale))
+    if len(found) > MAX_LORAS:
+        raise UsageError(f"{len(found)} loras are given; the limit is {MAX_LORAS}.")
+    return tuple(found)
 
 
 def read_layout(layout: Any) -> tuple[Box, ...]:

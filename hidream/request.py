@@ -16,10 +16,12 @@ from hidream.limits import (
     RANGES,
     TRAINED_BOXES,
     Box,
+    Lora,
     aspect_size,
     check_area,
     check_in_range,
     check_interval,
+    check_loras,
     check_seed,
     check_side,
     check_sigmas,
@@ -37,7 +39,6 @@ NO_PROMPT = " "  # the caption of the unconditional branch, as published
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "image_guidance_scale": (None,),
-    "loras": ((),),
     "refine_prompt": (None, "off"),
     "refine_strength": (None,),
     "sparsity": (None, 0.0),
@@ -53,7 +54,8 @@ class GenerateRequest:
     per reference, `(x1, x2, y1, y2)` as fractions of the picture. `seed` may be several, one
     picture each; -1 or None draws one. `guidance_interval` is the range of sigma where guidance
     acts. `sigmas` fall from at most 1, without the final 0. `strength` is the share of the
-    schedule that an image-to-image request runs. `shot`, `angle` and `view` are names of
+    schedule that an image-to-image request runs. `loras` holds (path, scale) pairs; a path is a
+    safetensors file, a folder with one, or a hub name. `shot`, `angle` and `view` are names of
     `hidream.camera`, put into words before the prompt.
 
     Raises:
@@ -83,7 +85,7 @@ class GenerateRequest:
     mask: Any = None
     strength: float | None = None
     layout: tuple[Box, ...] | None = None
-    loras: tuple[Any, ...] = ()
+    loras: tuple[Lora, ...] = ()
     shot: str | None = None
     angle: str | None = None
     view: str | None = None
@@ -122,7 +124,7 @@ class GenerateRequest:
         self._check_pictures(put)
         for name in CAMERA:
             put(self, name, camera_value(name, getattr(self, name)))
-        put(self, "loras", tuple(self.loras or ()))
+        put(self, "loras", check_loras(self.loras or ()))
         for name, harmless in _NOT_YET.items():
             if getattr(self, name) not in harmless:
                 raise UsageError(f"{name} is not available for O1 yet.", "Leave it out.")

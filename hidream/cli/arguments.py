@@ -126,6 +126,15 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     group.add_argument("--strength", type=float, metavar="F", help="how far from --init", **unset)
     group.add_argument("--mask", metavar="IMAGE", help="white where it may change", **unset)
 
+    group.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        nargs=2,
+        metavar=("PATH", "SCALE"),
+        help="a LoRA's safetensors file and how strongly it acts, as in 0.8 (repeatable)",
+        **unset,
+    )
     for name, values in CAMERA.items():
         group.add_argument(f"--{name}", metavar="NAME", help=", ".join(values), **unset)
 
@@ -150,7 +159,6 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     )
 
     later = parser.add_argument_group("refused in this version, with a message")
-    later.add_argument("--lora", dest="loras", action="append", nargs="+", metavar="PATH", **unset)
     later.add_argument("--refine-prompt", metavar="NAME", **unset)
     for name in ("refine-strength", "sparsity", "image-guidance-scale"):
         later.add_argument(f"--{name}", type=float, metavar="F", **unset)
@@ -215,6 +223,8 @@ def request_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         found["width"], found["height"] = given["size"]
     if "seed" in found and len(found["seed"]) == 1:
         found["seed"] = found["seed"][0]
+    if "loras" in found:
+        found["loras"] = [(path, _scale(scale)) for path, scale in found["loras"]]
     if "box" in given and "layout" in given:
         raise UsageError("--box and --layout both say where references go.", "Give one of them.")
     if "box" in given:
@@ -222,6 +232,15 @@ def request_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     if "layout" in given:
         found["layout"] = _layout(Path(given["layout"]))
     return found
+
+
+def _scale(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(
+            f'the scale "{text}" of --lora is not a number.', "Write --lora PATH SCALE."
+        ) from error
 
 
 def _box(text: str) -> list[float]:

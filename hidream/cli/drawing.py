@@ -55,6 +55,7 @@ def draw(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     )
     warnings += warnings_of(asked, request)
     opened = open_folder(folder) if folder is not None else None
+    _check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
         raise missing
     for warning in warnings:
@@ -186,6 +187,18 @@ def _check_pictures(request: GenerateRequest, warnings: list[str]) -> tuple[int,
         warning = mask_warning(read_mask(request.mask, initial or sizes[0]))
         warnings += [warning] if warning else []
     return sizes[0] if len(sizes) == 1 else initial
+
+
+def _check_loras(request: GenerateRequest, folder: Folder | None, warnings: list[str]) -> None:
+    """Find every LoRA, and match its layers with the model's where the model is here."""
+    from hidream.lora_file import find_lora, linear_layers, read_lora
+
+    for path, _ in request.loras:
+        if folder is None:
+            find_lora(path)
+            continue
+        shapes = {name: info.shape for name, info in folder.tensors.items()}
+        warnings += read_lora(path, linear_layers(shapes), request.model or "").warnings
 
 
 def _batches(

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from hidream import sampling
+from hidream.lora_file import LoraFile
 from hidream.models.o1.model import O1, Prefix
 from hidream.models.o1.patches import patchify, to_picture, to_tensor, unpatchify
 from hidream.models.o1.tokens import Tokens
@@ -31,13 +32,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make. Jobs that share `tokens` share its prefix."""
+    """One picture to make. Jobs that share `tokens` share its prefix.
+
+    `loras` are the request's, found and matched with the model.
+    """
 
     request: GenerateRequest
     seed: int
     tokens: Tokens
     unconditional: Tokens
     source: Source | None = None
+    loras: tuple[tuple[LoraFile, float], ...] = ()
 
 
 @dataclass
@@ -61,6 +66,7 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.noise_scale,
         request.noise_clip_std,
         request.strength,
+        request.loras,
     )
 
 

@@ -16,6 +16,9 @@ from PIL import Image
 from hidream.errors import MemoryExceeded, UsageError
 from hidream.folder import locate
 from hidream.limits import batch_size
+from hidream.lora_file import linear_layers, read_lora
+from hidream.models.loading import tensor_shapes
+from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.pictures import read_mask, read_picture
@@ -81,12 +84,17 @@ def load(
 
 
 class Pipeline:
-    """A loaded O1. Calls keep no state: the same request and seed give the same picture."""
+    """A loaded O1. Calls keep no state: the same request and seed give the same picture.
+
+    LoRAs belong to requests. They never change the model's weights, and files stay in memory
+    (up to 2 GiB) so that switching between them reads nothing again.
+    """
 
     def __init__(self, spec: Spec, model: O1, tokenizer: Tokenizer):
         self.spec = spec
         self.model = model
         self.tokenizer = tokenizer
+        self._lora_weights = LoraWeights()
 
     @property
     def device(self) -> torch.device:
@@ -117,10 +125,11 @@ class Pipeline:
     ) -> Output | list[Output]:
         """Pictures for a prompt (with a request's fields as keywords), a request, or several.
 
-        Requests that share size and sampling settings are denoised together, up to 16 pictures at
-        a time; the results come in the requests' order, each as if it had been alone, within
-        fp32 rounding (`deterministic=True`: to the bit). `on_step(step, num_steps, preview)` is
-        called after each step, `preview()` gives the pictures so far; what it raises ends the call.
+        Requests that share size, sampling settings and LoRAs are denoised together, up to 16
+        pictures at a time; the results come in the requests' order, each as if it had been alone,
+        within fp32 rounding (`deterministic=True`: to the bit). `on_step(step, num_steps, preview)`
+        is called after each step, `preview()` gives the pictures so far; what it raises ends the
+        call.
         """
         if isinstance(prompt, str):
             return self._run([GenerateRequest.from_dict({"prompt": prompt, **fields})], on_step)[0]
@@ -208,7 +217,8 @@ class Pipeline:
         for batch in _batches(jobs):
             counter = Counter()
             try:
-                made = denoise_batch(self.model, batch, counter=counter, on_step=on_step)
+                model = with_loras(self.model, batch[0].loras, self._lora_weights)
+                made = denoise_batch(model, batch, counter=counter, on_step=on_step)
             except torch.OutOfMemoryError as error:
                 size = f"{batch[0].request.width}x{batch[0].request.height}"
                 raise _memory_exceeded(self.device, f"{len(batch)} pictures of {size}") from error
@@ -231,7 +241,7 @@ class Pipeline:
         ]
 
     def _plan(self, asked: GenerateRequest) -> _Plan:
-        """Read a request's pictures, fill in its defaults, tokenise both branches."""
+        """Read a request's pictures and LoRAs' headers, fill in its defaults, tokenise."""
         references = [read_picture(picture) for picture in asked.references]
         initial = read_picture(asked.init_image) if asked.init_image is not None else None
         source = initial or (references[0] if asked.mask is not None else None)
@@ -264,8 +274,15 @@ class Pipeline:
         if source is not None:
             mask = read_mask(request.mask, source.size) if request.mask is not None else None
             kept = Source(_resized(source, request), mask and _resized(mask, request))
-        jobs = [Job(request, seed, conditional, unconditional, kept) for seed in request.seeds]
-        return _Plan(request, jobs, warnings_of(asked, request))
+        layers = linear_layers(tensor_shapes(self.model)) if request.loras else {}
+        loras = tuple(
+            (read_lora(path, layers, request.model), scale) for path, scale in request.loras
+        )
+        jobs = [
+            Job(request, seed, conditional, unconditional, kept, loras) for seed in request.seeds
+        ]
+        warnings = (*warnings_of(asked, request), *(w for file, _ in loras for w in file.warnings))
+        return _Plan(request, jobs, warnings)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hidream import __version__
 from hidream.cli import main
 from hidream.pictures import read_metadata, read_picture
+from tests import lora_files
 
 FEW = ["--steps", "2", "--size", "32x32"]
 
@@ -203,6 +205,28 @@ def test_boxes_and_more_than_five_of_them(hidream):
     )
     assert code == 0
     assert "warning" not in err
+
+
+def test_loras(hidream, tiny_model):
+    common = ("generate", "a red cube", *FEW, "--seed", 7)
+    for seed, name in enumerate(("a.safetensors", "b.safetensors")):
+        extra = {"x.lora_A.weight": torch.zeros(1, 1), "x.lora_B.weight": torch.zeros(1, 1)}
+        lora_files.write(Path(name), lora_files.matrices(tiny_model, seed), extra=extra)
+    assert hidream(*common, "-o", "plain.png")[0] == 0
+    code, _, err = hidream(*common, "--lora", "a.safetensors", "-0.5", "-o", "one.png")
+    assert code == 0
+    assert err.count("left out: x.") == 1
+    loras = ("--lora", "a.safetensors", "-0.5", "--lora", "b.safetensors", "0.25")
+    assert hidream(*common, *loras, "-o", "two.png")[0] == 0
+    assert len({pixels(f"{name}.png").tobytes() for name in ("plain", "one", "two")}) == 3
+    held = read_metadata("two.png", "it")["request"]["loras"]
+    assert held == [["a.safetensors", -0.5], ["b.safetensors", 0.25]]
+    assert hidream("generate", "--from", "two.png", "-o", "again.png", model=False)[0] == 0
+    assert (pixels("again.png") == pixels("two.png")).all()
+    code, out, err = hidream(*common, *loras, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["request"]["loras"] == held
+    assert err.count("left out: x.") == 2
 
 
 def test_previews(hidream):

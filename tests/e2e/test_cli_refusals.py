@@ -83,7 +83,14 @@ FLAGS = [
     (["generate", "x", "--dtype", "int8"], 2, ["int8", "bf16"]),
     (["generate", "x", "--memory", "low"], 2, ["--memory low"]),
     (["generate", "x", "--preview-every", "0"], 2, ["--preview-every 0"]),
-    (["generate", "x", "--lora", "a.safetensors", "0.5"], 2, ["loras", "not available"]),
+    (["generate", "x", "--lora", "a.safetensors"], 2, ["--lora", "2 arguments"]),
+    (["generate", "x", "--lora", "a.safetensors", "big"], 2, ["--lora", '"big"', "SCALE"]),
+    (["generate", "x", "--lora", "a.safetensors", "nan"], 2, ["loras", "nan"]),
+    (["generate", "x", "--lora", "a.safetensors", "-100.5"], 2, ["loras", "-100.5"]),
+    (["generate", "x", *["--lora", "a.safetensors", "1"] * 17], 2, ["17 loras", "16"]),
+    (["generate", "x", "--lora", "nowhere.safetensors", "1"], 3, ["nowhere", "does not exist"]),
+    (["generate", "x", "--lora", "a.pt", "1"], 3, ["a.pt", "pickle"]),
+    (["generate", "x", "--lora", "owner/name", "1"], 4, ["hf download owner/name"]),
     (["generate", "x", "--shot", "closup"], 2, ["shot", "close-up"]),
     (["generate", "x", "--refine-prompt", "on"], 2, ["refine_prompt", "not available"]),
     (["generate", "x", "--refine-prompt", "auto"], 2, ["refine_prompt", "not available"]),
@@ -139,6 +146,9 @@ def input_cases(tmp: Path) -> list:
     (tmp / "boxes.json").write_text("{")
     (tmp / "nan.json").write_text("[[0, NaN, 0, 1]]")
     (tmp / "taken.png").write_bytes(b"")
+    sides = {"A": (2, 8), "B": (8, 2)}
+    foreign = {f"blocks.0.lora_{side}.weight": np.zeros(shape) for side, shape in sides.items()}
+    save_file(foreign, tmp / "foreign.safetensors")
 
     def ref(name):
         return ["subject", "x", "--ref", str(tmp / name)]
@@ -176,6 +186,12 @@ def input_cases(tmp: Path) -> list:
         (box("a,b,c,d"), 3, ["four numbers"]),
         ([*box("0,1,0,1"), "--box", "0,1,0,1"], 3, ["2 boxes for 1 references"]),
         ([*ref("good.png"), "--layout", str(tmp / "boxes.json")], 3, ["not JSON"]),
+        (["generate", "x", "--lora", "good.png", "1"], 3, ["good.png", "not a safetensors file"]),
+        (
+            ["generate", "x", "--lora", "foreign.safetensors", "1"],
+            3,
+            ["none of the 1 layers", "o1-nano", "blocks.0"],
+        ),
         ([*ref("good.png"), "--layout", str(tmp / "none.json")], 3, ["none.json"]),
         ([*ref("good.png"), "--layout", str(tmp / "nan.json")], 3, ["not finite"]),
         ([*box("0,1,0,1"), "--layout", str(tmp / "nan.json")], 2, ["--box and --layout"]),

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -103,7 +104,18 @@ def test_prompts_may_be_anything_readable():
         {"mask": "m.png", "references": ("a.png", "b.png")},
         {"mask": 3, "references": ("a.png",)},
         {"init_image": 3},
-        {"loras": ("x.safetensors",)},
+        {"loras": ("x.safetensors", 0.5)},
+        {"loras": (("x.safetensors", math.nan),)},
+        {"loras": (("x.safetensors", -100.5),)},
+        {"loras": (("x.safetensors", "1"),)},
+        {"loras": (("x.safetensors", True),)},
+        {"loras": (("x.safetensors", 1, 2),)},
+        {"loras": ((7, 1),)},
+        {"loras": (("", 1),)},
+        {"loras": (("a\x00b", 1),)},
+        {"loras": {"x.safetensors": 1}},
+        {"loras": 7},
+        {"loras": ("x.safetensors",) * 17},
         {"refine_prompt": "auto"},
         {"refine_strength": 0.3},
         {"sparsity": 0.5},
@@ -275,6 +287,22 @@ def test_a_negative_prompt_without_guidance_is_a_warning():
     asked = ask(negative_prompt="blur")
     assert "no effect" in warnings_of(asked, filled(asked, DEV))[0]
     assert warnings_of(asked, filled(asked)) == ()
+
+
+def test_loras_are_paths_with_scales():
+    for given, held in (
+        (None, ()),
+        ([], ()),
+        ("x.safetensors", (("x.safetensors", 1.0),)),
+        (
+            ["a", Path("b"), ("c", 2), ["d", -0.5]],
+            (("a", 1.0), ("b", 1.0), ("c", 2.0), ("d", -0.5)),
+        ),
+        ([("a", 0), ("a", -100)], (("a", 0.0), ("a", -100.0))),
+    ):
+        asked = ask(loras=given)
+        assert asked.loras == held
+        assert GenerateRequest.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
 
 
 def test_unknown_fields_get_the_nearest_name():

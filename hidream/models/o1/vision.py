@@ -93,15 +93,22 @@ def _interpolate(side: int, count: int, device: torch.device) -> tuple[Tensor, T
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of a whole patch; the published weight has a 3-D convolution's shape."""
+    """A linear map of a whole patch, under the published name."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel)
+        self.proj = WholeConv3d(3, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, patches: Float[Tensor, "p c"]) -> Float[Tensor, "p d"]:
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(patches)
+
+
+class WholeConv3d(nn.Conv3d):
+    """A 3-D convolution of inputs of its kernel's size, flattened: one matrix product."""
+
+    def forward(self, patches: Float[Tensor, "p c"]) -> Float[Tensor, "p d"]:
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class VisionBlock(nn.Module):

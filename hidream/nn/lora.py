@@ -1,0 +1,122 @@
+"""Low-rank changes of linear layers (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353).
+
+A changed model is a view of the unchanged one: `adapted` shares every weight and leaves the given
+module as it is, so that many LoRAs can be used in turn, or at once, and none has to be undone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+Layer = nn.Linear | nn.Conv3d  # a convolution whose kernel is the whole input is linear, too
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is added to a linear layer W x + bias: up (down x) + gain · (W x).
+
+    `gain` is what DoRA needs beside the product. Tensors have the layer's dtype and device;
+    given as Parameters they can be trained.
+    """
+
+    down: Float[Tensor, "r i"]
+    up: Float[Tensor, "o r"]
+    gain: Float[Tensor, " o"] | None = None
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with a branch; `weight` and `bias` are those of the layer itself."""
+
+    def __init__(self, base: Layer, branch: Branch):
+        super().__init__()
+        self.base = base
+        self.lora_A = branch.down
+        self.lora_B = branch.up
+        self.gain = branch.gain
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        out = self.base(x)
+        added = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        if self.gain is not None:
+            product = out if self.bias is None else out - self.bias
+            added = added + self.gain * product
+        return out + added
+
+
+def adapted(module: Module, branches: Mapping[str, Branch]) -> Module:
+    """`module` with these branches, by layer name; it shares everything with the module given.
+
+    Raises AttributeError for a name that is no layer of the module.
+    """
+    for name in branches:
+        module.get_submodule(name)
+    view = _view(module, branches, "")
+    assert isinstance(view, type(module))
+    return view
+
+
+def _view(module: nn.Module, branches: Mapping[str, Branch], name: str) -> nn.Module:
+    if name in branches:
+        assert isinstance(module, Layer)
+        return LoraLinear(module, branches[name])
+    below = name and name + "."
+    if not any(layer.startswith(below) for layer in branches):
+        return module
+    view = copy.copy(module)
+    view._modules = {
+        child: _view(part, branches, below + child) if part is not None else None
+        for child, part in module._modules.items()
+    }
+    return view
+
+
+def summed(branches: Sequence[Branch], *, like: Float[Tensor, "o ..."]) -> Branch:
+    """Several branches of one layer as one: the ranks stand side by side, the gains add up.
+
+    `like` is the layer's weight, whose dtype and device the result has.
+    """
+    gains = [branch.gain for branch in branches if branch.gain is not None]
+    return Branch(
+        down=torch.cat([branch.down for branch in branches]).to(like),
+        up=torch.cat([branch.up for branch in branches], dim=1).to(like),
+        gain=torch.stack(gains).sum(dim=0).to(like) if gains else None,
+    )
+
+
+def scaled(
+    weight: Float[Tensor, "o ..."],
+    down: Float[Tensor, "r i"],
+    up: Float[Tensor, "o r"],
+    *,
+    alpha_over_rank: float,
+    scale: float,
+    magnitude: Float[Tensor, " o"] | None = None,
+) -> Branch:
+    """The branch that moves a layer `scale` of the way from its weight W to the tuned one, fp32.
+
+    LoRA's tuned weight is V = W + alpha/rank · up · down. DoRA's is V with its rows brought to
+    the lengths `magnitude`: g · V, which is V + (g − 1) · V, so W's part of it is a gain.
+    """
+    down, up = down.float(), alpha_over_rank * up.float()
+    if magnitude is None:
+        return Branch(down, scale * up)
+    tuned = weight.flatten(1).float() + up @ down
+    g = magnitude.float() / torch.linalg.vector_norm(tuned, dim=1)
+    return Branch(down, scale * g[:, None] * up, scale * (g - 1))
