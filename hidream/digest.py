@@ -47,8 +47,8 @@ def of_model(folder: Path, files: Sequence[Path], cache: Path) -> str:
         found[path] = entry
         lines.append(f"{file.relative_to(folder).as_posix()} {entry[2]}\n")
     if any(remembered.get(path) != entry for path, entry in found.items()):
-        others = {path: entry for path, entry in remembered.items() if path not in found}
-        kept = list({**others, **found}.items())[-MAX_REMEMBERED:]
+        there = {path: entry for path, entry in remembered.items() if os.path.exists(path)}
+        kept = list({**there, **found}.items())[-MAX_REMEMBERED:]
         _write(cache, dict(kept))
     return of_bytes("".join(lines).encode("utf-8", "surrogateescape"))
 

@@ -11,13 +11,13 @@ programs, and the mark that a machine made it (IPTC's DigitalSourceType).
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from xml.sax.saxutils import escape, unescape
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -106,14 +106,14 @@ def read_note(text: str) -> dict[str, Any] | None:
 
 
 def _packet(note: str | None = None) -> str:
-    inner = f"{_OPEN}{html.escape(note, quote=False)}{_CLOSE}" if note else ""
+    inner = f"{_OPEN}{escape(note)}{_CLOSE}" if note else ""
     return _PACKET.format(mark=MADE_BY_AI, note=inner)
 
 
 def _xmp_note(packet: bytes) -> str | None:
     _, begin, rest = packet.decode("utf-8", "replace").partition(_OPEN)
     inner, end, _ = rest.partition(_CLOSE)
-    return html.unescape(inner) if begin and end else None
+    return unescape(inner) if begin and end else None
 
 
 def _segments(data: bytes) -> bytes:
@@ -142,6 +142,7 @@ def _comment(value: object) -> str | None:
         return None
     head, body = value[:8], value[8:]
     if head == _UNICODE:  # big endian by custom, whatever the rest of the EXIF data is
+        body = body[: len(body) // 2 * 2]
         big = body[0::2].count(0) >= body[1::2].count(0)
         text = body.decode("utf-16-be" if big else "utf-16-le", "replace")
     else:

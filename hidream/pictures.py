@@ -9,8 +9,8 @@ import shutil
 import struct
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def read_size(source: str | Path | Image.Image, name: str = "picture") -> tuple[
     """The upright (width, height) of a picture, from its header alone."""
     image = _opened(source, name)
     try:
-        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        with _quietly():
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except _BROKEN as error:
         raise InputError(f"{_label(source, name)} is damaged: {_first_line(error)}.") from error
     return (image.height, image.width) if rotated else image.size
@@ -119,7 +120,8 @@ def read_texts(source: str | Path | Image.Image, name: str = "picture") -> Texts
     """
     image = _opened(source, name)
     try:
-        return find_texts(image)
+        with _quietly():
+            return find_texts(image)
     except _BROKEN as error:
         raise InputError(f"{_label(source, name)} is damaged: {_first_line(error)}.") from error
 
@@ -279,8 +281,7 @@ def _opened(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
 
 def _opened_file(data: bytes, label: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _quietly():
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
@@ -295,11 +296,21 @@ def _opened_file(data: bytes, label: str) -> Image.Image:
         raise InputError(f"{label} is damaged: {_first_line(error)}.", "Save it anew.") from error
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Pillow's warnings of damage that it passes over; a bomb's is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 def _loaded(source: str | Path | Image.Image, name: str) -> Image.Image:
     image = _opened(source, name)
     try:
-        image.load()
-        return ImageOps.exif_transpose(image)
+        with _quietly():
+            image.load()
+            return ImageOps.exif_transpose(image)
     except _BROKEN as error:
         raise InputError(
             f"{_label(source, name)} is truncated or damaged: {_first_line(error)}.",
