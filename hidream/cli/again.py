@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hidream.errors import HidreamError, InputError
-from hidream.request import GenerateRequest
+from hidream.request import GenerateRequest, warnings_of
 
 # Fields that hold pictures -> what messages call them, and how one is given anew.
 PICTURES = {
@@ -25,7 +25,8 @@ class Again:
     """What a picture says of how it was made; without --from all of it is empty.
 
     `fields` are the request's, without the model and without what is None. `carried` holds the
-    files of pictures that lie inside the picture. `digest` is the model's.
+    files of pictures that lie inside the picture. `digest` is the model's. `warnings` were told
+    when it was made.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Again:
     dtype: str | None = None
     device: str | None = None
     torch: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def read_again(picture: str, given: Mapping[str, Any]) -> Again:
@@ -59,7 +61,7 @@ def read_again(picture: str, given: Mapping[str, Any]) -> Again:
         raise InputError(f"{picture} was made by a newer hidream.", "Update hidream.")
     fields = {name: value for name, value in note["request"].items() if value is not None}
     try:
-        GenerateRequest.from_dict(fields)
+        own = GenerateRequest.from_dict(fields)
     except (HidreamError, TypeError, ValueError) as error:
         problem = error.problem if isinstance(error, HidreamError) else str(error)
         raise InputError(f"the settings in {picture} are not usable: {problem}") from error
@@ -75,6 +77,7 @@ def read_again(picture: str, given: Mapping[str, Any]) -> Again:
         dtype=DTYPES.get(_text(note, "dtype") or ""),
         device=_text(note, "device"),
         torch=_text(versions, "torch"),
+        warnings=warnings_of(own, own),
     )
 
 

@@ -82,6 +82,13 @@ def test_what_it_was_made_from_must_be_the_same(hidream, name):
     assert not os.path.exists("again.png")
 
 
+def test_only_new_warnings_are_told(hidream):
+    hidream("generate", "a", *FEW[2:], "--sigmas", 0.9, "-n", "b", "-o", "a.png")
+    assert "warning" not in again(hidream, "generate", "a.png", "--dry-run")[2]
+    err = again(hidream, "generate", "a.png", "--dry-run", "--sigmas", 0.5, "--guidance", 1)[2]
+    assert "negative prompt has no effect" in err
+
+
 def test_flags_win(hidream):
     edited(hidream)
     os.unlink("source.png")
