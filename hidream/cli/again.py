@@ -94,6 +94,7 @@ def merged(again: Again, given: Mapping[str, Any]) -> dict[str, Any]:
         found.pop("sigmas", None)
     if "sigmas" in given:
         found.pop("num_inference_steps", None)
+        found.pop("shift", None)
     if found.get("keep_aspect") and {"references", "init_image"} & set(given):
         found.pop("width", None)
         found.pop("height", None)
