@@ -20,6 +20,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes, as in safetensors itself
 # What a model folder is made of; nothing else is downloaded.
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+# Beside the weights, what a model's pictures depend on.
+_DECIDING = (
+    *("config.json", "hidream.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
@@ -59,6 +64,13 @@ class Folder:
     def has_lm_head(self) -> bool:
         """Whether the model can write: a head of its own, or its embeddings used as one."""
         return bool(self.config.get("tie_word_embeddings")) or "lm_head.weight" in self.tensors
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that this model's pictures depend on: weights, configuration, tokenizer."""
+        weights = {info.file for info in self.tensors.values()}
+        others = {self.path / name for name in _DECIDING if (self.path / name).is_file()}
+        return tuple(sorted(weights | others))
 
 
 def open_folder(path: str | Path) -> Folder:

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import secrets
 import shutil
 import struct
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps
 
 from hidream.errors import InputError, UsageError
+from hidream.metadata import Texts, find_texts, read_note, save_options
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 8192 * 8192  # of a picture that is read
 MAX_BYTES = 512 * 2**20  # of a file that is read
 MAX_ASPECT = 64  # longer side over shorter side of a picture that is read
-METADATA_KEY = "hidream"
-_ASCII = b"ASCII\0\0\0"  # EXIF's name for the encoding of a comment
 # What Pillow raises on files that are not what they say.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError)
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, struct.error)
 
 
 def read_picture(source: str | Path | Image.Image, name: str = "picture") -> Image.Image:
@@ -76,10 +74,56 @@ def read_size(source: str | Path | Image.Image, name: str = "picture") -> tuple[
     """The upright (width, height) of a picture, from its header alone."""
     image = _opened(source, name)
     try:
-        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        with _quietly():
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except _BROKEN as error:
-        raise InputError(f"{name} ({source}) is damaged: {_first_line(error)}.") from error
+        raise InputError(f"{_label(source, name)} is damaged: {_first_line(error)}.") from error
     return (image.height, image.width) if rotated else image.size
+
+
+def open_picture(data: bytes, name: str = "picture") -> Image.Image:
+    """A picture from a file's bytes, its header checked like that of any picture that is read."""
+    return _opened(data, name)
+
+
+def read_file(source: str | Path, name: str = "picture") -> bytes:
+    """A picture's file as it is.
+
+    Raises:
+        InputError: it is missing, no file, may not be read or is too large.
+    """
+    label = _label(source, name)
+    if str(source).startswith("memory:"):
+        raise InputError(f"{name} was a picture in memory and is in no file.", "Give it again.")
+    try:
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise InputError(f"{label} does not exist.", "Check its path.")
+        if not path.is_file():
+            raise InputError(f"{label} is not a file.", "Name a PNG, JPEG or WebP file.")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{label} has more than {MAX_BYTES // 2**20} MB.", "Scale it down.")
+        return path.read_bytes()
+    except InputError:
+        raise
+    except PermissionError as error:
+        raise InputError(f"{label} may not be read.", "Check its permissions.") from error
+    except (OSError, ValueError, RuntimeError) as error:  # also a NUL, or ~ of an unknown user
+        raise InputError(f"{label} cannot be read: {_first_line(error)}.") from error
+
+
+def read_texts(source: str | Path | Image.Image, name: str = "picture") -> Texts:
+    """What is written in the picture, by hidream and by others.
+
+    Raises:
+        InputError: the file is no picture or is damaged.
+    """
+    image = _opened(source, name)
+    try:
+        with _quietly():
+            return find_texts(image)
+    except _BROKEN as error:
+        raise InputError(f"{_label(source, name)} is damaged: {_first_line(error)}.") from error
 
 
 def read_metadata(source: str | Path | Image.Image, name: str = "picture") -> dict[str, Any] | None:
@@ -88,23 +132,9 @@ def read_metadata(source: str | Path | Image.Image, name: str = "picture") -> di
     Raises:
         InputError: the file is no picture, or the note is damaged.
     """
-    image = _opened(source, name)
-    try:
-        text = image.info.get(METADATA_KEY)
-        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    except _BROKEN as error:
-        raise InputError(f"{name} ({source}) is damaged: {_first_line(error)}.") from error
-    if text is None:
-        if isinstance(comment, str):
-            comment = comment.encode("ascii", "replace")
-        if not isinstance(comment, bytes) or not comment.startswith(_ASCII + b'{"hidream"'):
-            return None
-        text = comment[len(_ASCII) :].decode("ascii", "replace")
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+    text = read_texts(source, name).note
+    found = read_note(text) if text is not None else None
+    if text is not None and found is None:
         raise InputError(f"the hidream metadata in {name} is damaged.", "Give the settings anew.")
     return found
 
@@ -118,22 +148,21 @@ def write_picture(
 ) -> None:
     """Write a picture whole or not at all: beside its place, synced, then renamed.
 
-    `metadata` goes into a PNG's text chunk `hidream`, or a JPEG's or WebP's EXIF comment, as JSON.
+    `metadata` is the note that `hidream.metadata` puts into it. Nothing else that a picture brings
+    along from its source goes out with it, except its colour profile.
 
     Raises:
         InputError: the file exists and may not be overwritten, or cannot be written.
     """
     kind = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
+    profile = image.info.get("icc_profile") or b""
+    if profile[16:20] == b"RGB ":
+        options["icc_profile"] = profile
     if metadata is not None:
-        text = json.dumps(metadata, ensure_ascii=True)
-        if kind == "PNG":
-            options["pnginfo"] = PngImagePlugin.PngInfo()
-            options["pnginfo"].add_text(METADATA_KEY, text)
-        else:
-            exif = Image.Exif()
-            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + text.encode()
-            options["exif"] = exif
+        options |= save_options(kind, metadata)
+    image = image.copy()
+    image.info = {}
     if path.exists() and not overwrite:
         raise _exists(path)
     temporary = path.with_name(f".hidream-{secrets.token_hex(8)}.tmp")
@@ -228,9 +257,13 @@ def check_outputs(
             )
 
 
-def _opened(source: str | Path | Image.Image, name: str) -> Image.Image:
+def _opened(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
     """The picture with its header read and its size checked, its pixels not yet."""
-    image = source if isinstance(source, Image.Image) else _opened_file(source, name)
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        data = source if isinstance(source, bytes) else read_file(source, name)
+        image = _opened_file(data, _label(source, name))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(
@@ -246,21 +279,10 @@ def _opened(source: str | Path | Image.Image, name: str) -> Image.Image:
     return image
 
 
-def _opened_file(source: str | Path, name: str) -> Image.Image:
-    label = f"{name} ({source})"
-    if str(source).startswith("memory:"):
-        raise InputError(f"{name} was a picture in memory and is in no file.", "Give it again.")
+def _opened_file(data: bytes, label: str) -> Image.Image:
     try:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise InputError(f"{label} does not exist.", "Check its path.")
-        if not path.is_file():
-            raise InputError(f"{label} is not a file.", "Name a PNG, JPEG or WebP file.")
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{label} has more than {MAX_BYTES // 2**20} MB.", "Scale it down.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
+        with _quietly():
+            return Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{label} would unpack to more pixels than the limit of {MAX_PIXELS} (8192x8192).",
@@ -270,22 +292,29 @@ def _opened_file(source: str | Path, name: str) -> Image.Image:
         raise InputError(
             f"{label} is not a PNG, JPEG or WebP picture.", "Convert it to one of these."
         ) from error
-    except InputError:
-        raise
-    except PermissionError as error:
-        raise InputError(f"{label} may not be read.", "Check its permissions.") from error
-    except (*_BROKEN, struct.error) as error:
+    except _BROKEN as error:
         raise InputError(f"{label} is damaged: {_first_line(error)}.", "Save it anew.") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Pillow's warnings of damage that it passes over; a bomb's is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _loaded(source: str | Path | Image.Image, name: str) -> Image.Image:
     image = _opened(source, name)
     try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except (*_BROKEN, struct.error) as error:
+        with _quietly():
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except _BROKEN as error:
         raise InputError(
-            f"{name} ({source}) is truncated or damaged: {_first_line(error)}.", "Save it anew."
+            f"{_label(source, name)} is truncated or damaged: {_first_line(error)}.",
+            "Save it anew.",
         ) from error
 
 
@@ -298,6 +327,11 @@ def _rgb(image: Image.Image, *, background: int) -> Image.Image:
         under = Image.new("RGBA", image.size, (background,) * 3 + (255,))
         return Image.alpha_composite(under, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _label(source: object, name: str) -> str:
+    """What a message calls a picture: with its path, where it has one."""
+    return f"{name} ({source})" if isinstance(source, str | Path) else name
 
 
 def _exists(path: Path) -> InputError:

@@ -45,6 +45,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory):
+    """No test writes into the home of who runs it (subprocesses aside)."""
+    from hidream.cli import recording
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """The model of `tiny_folder`; its weights need no gradient and must stay as they are."""

@@ -162,7 +162,6 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     later.add_argument("--refine-prompt", metavar="NAME", **unset)
     for name in ("refine-strength", "sparsity", "image-guidance-scale"):
         later.add_argument(f"--{name}", type=float, metavar="F", **unset)
-    later.add_argument("--embed-inputs", action="store_true")
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
@@ -203,8 +202,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preview-every", type=_whole, metavar="N", help="also save every Nth step's preview"
     )
-    group.add_argument("--from", dest="from_picture", metavar="IMAGE", help="its settings")
+    group.add_argument(
+        "--from", dest="from_picture", metavar="IMAGE", help="make it again; other flags win"
+    )
     group.add_argument("--no-metadata", action="store_true", help="keep the settings out of it")
+    group.add_argument(
+        "--embed-inputs", action="store_true", help="carry references and masks inside it"
+    )
     group.add_argument("--dry-run", action="store_true", help="show settings and an estimate")
     add_json(group)
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hidream import __version__
 from hidream.cli import console
-from hidream.errors import InputError, ModelError, UsageError
+from hidream.cli.again import PICTURES, Again, merged, read_again, with_carried
+from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
+from hidream.errors import ModelError, UsageError
 from hidream.folder import Folder, locate, open_folder
 from hidream.limits import batch_size
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
@@ -19,20 +20,24 @@ from hidream.request import GenerateRequest, resolve, warnings_of
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hidream.pipelines import Pipeline
 
-METADATA_VERSION = 1
-
-
-def draw(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
+def draw(
+    arguments: argparse.Namespace, given: dict[str, Any], *, needs_reference: str | None = None
+) -> int:
     """Make the pictures that the flags ask for; returns the exit code.
 
     The cheap checks come first: flags, prompt and ranges, output, pictures, the model's headers.
-    torch is imported, and weights are read, only after all of them.
+    torch is imported, and weights are read, only after all of them. `needs_reference` tells how
+    to give the picture that the command cannot do without.
     """
     _refuse_for_now(arguments)
     warnings: list[str] = []
-    model, asked = _request(arguments, given, warnings)
+    picture = arguments.from_picture
+    again = read_again(picture, given) if picture else Again()
+    model, asked = _request(arguments, given, again, warnings)
+    if needs_reference and not asked.references:
+        raise UsageError("there is no reference picture.", needs_reference)
+    _settle(arguments, again, same_model=model == again.model)
     spec, folder, missing = _find(model, arguments.variant)
     if folder is not None and arguments.variant is None and _variant_is_assumed(spec, folder):
         warnings.append(f"{folder} does not say its variant: full is assumed (--variant dev).")
@@ -43,17 +48,20 @@ def draw(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     from hidream import pictures  # numpy and Pillow: not needed for what the flags decide
 
     paths = pictures.plan_outputs(arguments.output, draft.seeds)
+    inputs = Inputs()
+    if not arguments.no_metadata:
+        inputs = read_inputs(asked, again.carried, embed=arguments.embed_inputs)
     pictures.check_outputs(
         paths,
         overwrite=arguments.overwrite,
-        num_bytes=(draft.width or 0) * (draft.height or 0) * 3 + 65_536,
+        num_bytes=(draft.width or 0) * (draft.height or 0) * 3 + 65_536 + inputs.num_bytes,
         make_folders=not arguments.dry_run,
     )
-    source_size = _check_pictures(asked, warnings)
+    source_size = _check_pictures(with_carried(asked, again.carried), warnings)
     request = replace(
         resolve(asked, defaults, spec.patch_size, source_size=source_size), model=spec.name
     )
-    warnings += warnings_of(asked, request)
+    warnings += [told for told in warnings_of(asked, request) if told not in again.warnings]
     opened = open_folder(folder) if folder is not None else None
     _check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
@@ -62,7 +70,11 @@ def draw(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
         console.warn(warning)
     if arguments.dry_run:
         return _dry_run(arguments, request, spec, opened, paths)
-    return _draw(arguments, model, request, paths, warnings)
+    assert opened is not None
+    digest = model_digest(opened) if again.digest or not arguments.no_metadata else None
+    if again.digest and model == again.model and digest != again.digest:
+        _warn(f"{model} has changed since the picture was made: its digest differs.", warnings)
+    return _draw(arguments, model, request, paths, warnings, again, inputs, digest)
 
 
 def _draw(
@@ -70,10 +82,19 @@ def _draw(
     model: str,
     request: GenerateRequest,
     paths: Sequence[Path],
-    warnings: Sequence[str],
+    warnings: list[str],
+    again: Again,
+    inputs: Inputs,
+    digest: str | None,
 ) -> int:
     from hidream.pictures import write_picture
     from hidream.pipelines import load
+
+    def note(ran: GenerateRequest, seed: int) -> dict[str, Any] | None:
+        if arguments.no_metadata:
+            return None
+        named = {name: getattr(request, name) for name in PICTURES}  # not those carried inside
+        return note_of(replace(ran, **named), seed, pipe, digest, inputs)
 
     console.say(f"loading {request.model}")
     pipe = load(
@@ -83,7 +104,9 @@ def _draw(
         memory=arguments.memory,
         variant=arguments.variant,
     )
-    batches = list(_batches(request, paths))
+    if difference := differences(again, pipe):
+        _warn(difference, warnings)
+    batches = list(_batches(with_carried(request, again.carried), paths))
     progress = console.Progress(len(batches))
     saved: list[dict[str, Any]] = []
     num_forwards, seconds = 0, 0.0
@@ -94,8 +117,8 @@ def _draw(
             num_forwards += output.num_forwards
             seconds += output.timings["total"]
             for image, seed, path in zip(output.images, output.seeds, places, strict=True):
-                note = None if arguments.no_metadata else _metadata(output.request, seed, pipe)
-                write_picture(image, path, note, overwrite=arguments.overwrite)
+                written = note(output.request, seed)
+                write_picture(image, path, written, overwrite=arguments.overwrite)
                 saved.append({"path": str(path), "seed": seed})
                 if not arguments.json:
                     print(path, flush=True)
@@ -117,8 +140,8 @@ def _draw(
 
 
 def _refuse_for_now(arguments: argparse.Namespace) -> None:
-    if arguments.embed_inputs:
-        raise UsageError("--embed-inputs arrives in a later version.", "Leave it out.")
+    if arguments.embed_inputs and arguments.no_metadata:
+        raise UsageError("--embed-inputs and --no-metadata exclude each other.", "Leave one out.")
     if arguments.memory != "auto":
         raise UsageError(
             f"--memory {arguments.memory} is not available for O1 yet; auto is.", "Leave it out."
@@ -128,33 +151,29 @@ def _refuse_for_now(arguments: argparse.Namespace) -> None:
 
 
 def _request(
-    arguments: argparse.Namespace, given: dict[str, Any], warnings: list[str]
+    arguments: argparse.Namespace, given: dict[str, Any], again: Again, warnings: list[str]
 ) -> tuple[str, GenerateRequest]:
     """The model and the request: the flags over the settings of --from's picture."""
-    base: dict[str, Any] = {}
-    if arguments.from_picture:
-        from hidream.pictures import read_metadata
-
-        note = read_metadata(arguments.from_picture, "the picture of --from")
-        if note is None or not isinstance(note.get("request"), dict):
-            raise InputError(
-                f"{arguments.from_picture} holds no settings of hidream.",
-                "--from needs a picture that hidream made without --no-metadata.",
-            )
-        base = {name: v for name, v in note["request"].items() if v is not None}
-        if "seed" in given or "num_images" in given:
-            base.pop("num_images", None)
-        if {"num_inference_steps", "shift", "sigmas"} & set(given):
-            base.pop("sigmas", None)
-            if "sigmas" in given:
-                base.pop("num_inference_steps", None)
-    made_by = base.pop("model", None)
-    model = arguments.model or made_by or DEFAULT_MODEL
-    if made_by and model != made_by:
-        warnings.append(f"the settings come from a picture of {made_by}, not of {model}.")
-    if "prompt" not in given and "prompt" not in base:
+    model = arguments.model or again.model or DEFAULT_MODEL
+    if again.model and model != again.model:
+        warnings.append(f"the settings come from a picture of {again.model}, not of {model}.")
+    values = merged(again, given)
+    if "prompt" not in values:
         raise UsageError("there is no prompt.", 'Write it first: hidream generate "a red cube".')
-    return model, GenerateRequest.from_dict({**base, **given})
+    return model, GenerateRequest.from_dict(values)
+
+
+def _settle(arguments: argparse.Namespace, again: Again, *, same_model: bool) -> None:
+    """Compute as the picture of --from was computed, unless the flags say how."""
+    if arguments.dtype == "auto" and again.dtype:
+        arguments.dtype = again.dtype
+    if arguments.variant is None and same_model:
+        arguments.variant = again.variant
+
+
+def _warn(text: str, warnings: list[str]) -> None:
+    console.warn(text)
+    warnings.append(text)
 
 
 def _find(model: str, variant: str | None) -> tuple[Spec, Path | None, ModelError | None]:
@@ -224,20 +243,6 @@ def _on_step(
                 write_picture(image, place, overwrite=True)
 
     return on_step
-
-
-def _metadata(request: GenerateRequest, seed: int, pipe: Pipeline) -> dict[str, Any]:
-    """What a picture says of itself: enough to make it again."""
-    import torch
-
-    return {
-        "hidream": METADATA_VERSION,
-        "request": replace(request, seed=seed, num_images=1).to_dict(),
-        "model": {"name": pipe.spec.name, "repo": pipe.spec.repo},
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "versions": {"hidream": __version__, "torch": torch.__version__},
-    }
 
 
 def _dry_run(

@@ -7,7 +7,9 @@ from hidream.cli.drawing import draw
 
 EXAMPLES = """\
 hidream edit cube.png "make the cube green" -o green.png
-hidream edit photo.jpg "remove the car" --mask car.png --size 1024x1024"""
+hidream edit photo.jpg "remove the car" --mask car.png --size 1024x1024
+hidream edit --from green.png -o again.png
+hidream edit other.png --from green.png -o other-green.png"""
 
 
 def run(argv: list[str]) -> int:
@@ -18,10 +20,16 @@ def run(argv: list[str]) -> int:
         usage="hidream edit IMAGE INSTRUCTION [flags]",
         epilog=EXAMPLES,
     )
-    parser.add_argument("image", metavar="IMAGE", help="the picture to change")
-    parser.add_argument("prompt", metavar="INSTRUCTION", help="what to change")
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="the picture to change")
+    parser.add_argument("prompt", nargs="?", metavar="INSTRUCTION", help="what to change")
     add_request(parser, with_references=False)
     add_model(parser)
     add_output(parser)
     arguments = parser.parse(argv)
-    return draw(arguments, {**request_fields(arguments), "references": (arguments.image,)})
+    if arguments.prompt is None and not arguments.from_picture:
+        missing = "INSTRUCTION" if arguments.image else "IMAGE, INSTRUCTION"
+        parser.error(f"the following arguments are required: {missing}")
+    given = request_fields(arguments)
+    if arguments.image is not None:
+        given["references"] = (arguments.image,)
+    return draw(arguments, given, needs_reference="Name it: hidream edit IMAGE INSTRUCTION.")

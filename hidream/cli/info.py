@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json
+
+if TYPE_CHECKING:
+    from hidream.metadata import Texts
+
+MAX_SHOWN = 4000  # characters of a value of another program
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # kinds of characters that may move others about
+_JOINER = "\u200d"  # of emoji
 
 
 def run(argv: list[str]) -> int:
@@ -14,25 +24,80 @@ def run(argv: list[str]) -> int:
     add_json(parser)
     arguments = parser.parse(argv)
 
-    from hidream.pictures import read_metadata, read_size
+    from hidream.pictures import read_metadata, read_size, read_texts
 
     width, height = read_size(arguments.image)
-    note = read_metadata(arguments.image)
+    note, texts = read_metadata(arguments.image), read_texts(arguments.image)
     num_bytes = Path(arguments.image).expanduser().stat().st_size
+    if note is not None:
+        note = _without_files(note)
+    other = _of_others(texts) if note is None else None
     if arguments.json:
         picture = {"path": arguments.image, "width": width, "height": height, "bytes": num_bytes}
-        console.show({**picture, "metadata": note})
+        found = {"metadata": note, "other": other, "digital_source_type": texts.source_type}
+        console.show({**picture, **found})
         return 0
     print(f"{arguments.image}: {width}x{height}, {console.size(num_bytes)}")
-    if note is None:
+    if texts.source_type:
+        print(f"marked as {texts.source_type}")
+    if note is not None:
+        _show_ours(arguments.image, note)
+    elif other is not None:
+        _show_other(other)
+    else:
         print("no settings of hidream in it")
-        return 0
+    return 0
+
+
+def _show_ours(image: str, note: Mapping[str, Any]) -> None:
     request = note.get("request")
-    for name, value in request.items() if isinstance(request, dict) else ():
+    request = request if isinstance(request, dict) else {}
+    for name, value in request.items():
         if value not in (None, [], "off", False):
-            print(f"  {name:<20} {value}")
+            print(f"  {_plain(name):<20} {_plain(value)}")
+    model, embedded = note.get("model"), note.get("embedded")
+    if isinstance(model, dict) and model.get("digest"):
+        print(f"  {'model digest':<20} {_plain(model['digest'])}")
+    if isinstance(embedded, dict):
+        print(f"  {'carried inside':<20} {len(embedded)} pictures")
     versions = note.get("versions")
     if isinstance(versions, dict):
-        print("made with " + ", ".join(f"{name} {value}" for name, value in versions.items()))
-    print(f"make it again: hidream generate --from {arguments.image} -o again.png")
-    return 0
+        told = ", ".join(f"{name} {value}" for name, value in versions.items())
+        print(f"made with {_plain(told)}")
+    references = request.get("references")
+    num_references = len(references) if isinstance(references, list) else 0
+    command = ("generate", "edit", "subject")[min(num_references, 2)]
+    print(f"make it again: hidream {command} --from {image} -o again.png")
+
+
+def _show_other(other: Mapping[str, Any]) -> None:
+    print(f"no settings of hidream in it, but those of {other['program']}")
+    for name, value in other.items():
+        rows = value if isinstance(value, dict) else {name: value}
+        for key, inner in rows.items():
+            if name != "program" and inner not in ("", [], None):
+                print(f"  {_plain(key):<20} {_plain(inner)[:MAX_SHOWN]}")
+
+
+def _of_others(texts: Texts) -> dict[str, Any] | None:
+    from hidream.foreign import read_comfy, read_parameters
+
+    if texts.prompt is not None or texts.workflow is not None:
+        return {"program": "ComfyUI", **read_comfy(texts.prompt, texts.workflow)}
+    if texts.parameters is not None:
+        return {"program": "A1111 or one of its kind", **read_parameters(texts.parameters)}
+    return None
+
+
+def _without_files(note: dict[str, Any]) -> dict[str, Any]:
+    """The note with the sizes, in characters of base64, of the files that it carries."""
+    embedded = note.get("embedded")
+    if not isinstance(embedded, dict):
+        return note
+    return {**note, "embedded": {key: len(str(data)) for key, data in embedded.items()}}
+
+
+def _plain(value: object) -> str:
+    """One line that changes nothing of a terminal, whatever stands in the picture."""
+    text = str(value)
+    return "".join(" " if unicodedata.category(c) in _UNSEEN and c != _JOINER else c for c in text)

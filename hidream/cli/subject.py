@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hidream.cli.arguments import Parser, add_model, add_output, add_request, request_fields
 from hidream.cli.drawing import draw
-from hidream.errors import UsageError
 
 EXAMPLES = """\
 hidream subject "this dog on a beach" --ref dog.jpg
@@ -25,6 +24,6 @@ def run(argv: list[str]) -> int:
     add_output(parser)
     arguments = parser.parse(argv)
     given = request_fields(arguments)
-    if not given.get("references") and not arguments.from_picture:
-        raise UsageError("subject needs a reference picture.", "Give 1 to 11 with --ref IMAGE.")
-    return draw(arguments, {"keep_aspect": False, **given})
+    if not arguments.from_picture:
+        given = {"keep_aspect": False, **given}
+    return draw(arguments, given, needs_reference="Give 1 to 11 with --ref IMAGE.")
