@@ -85,6 +85,24 @@ def is_picture(value: Any) -> bool:
     return isinstance(value, str | Path) or (hasattr(value, "size") and hasattr(value, "convert"))
 
 
+def check_pictures(value: Any, name: str) -> tuple[Any, ...]:
+    """One picture or several, each called a `name` in messages; UsageError for anything else."""
+    if is_picture(value):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise UsageError(f"{name}s={value!r} is not a list of pictures.")
+    pictures = tuple(value)
+    for number, picture in enumerate(pictures, 1):
+        if not is_picture(picture):
+            raise UsageError(f"{name} {number} is neither a path nor a picture.")
+    if len(pictures) > MAX_REFERENCES:
+        raise UsageError(
+            f"{len(pictures)} {name}s are given; the limit is {MAX_REFERENCES}.",
+            "Leave some out.",
+        )
+    return pictures
+
+
 def size_error(width: int, height: int, patch_size: int) -> str | None:
     """What is wrong with a size for a model of this patch, with the nearest good ones, or None."""
     found = []

@@ -4,7 +4,7 @@ metadata are all this."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from hidream.camera import CAMERA, camera_value, with_camera
 from hidream.errors import InputError, UsageError
 from hidream.limits import (
-    MAX_REFERENCES,
     RANGES,
     TRAINED_BOXES,
     Box,
@@ -22,6 +21,7 @@ from hidream.limits import (
     check_in_range,
     check_interval,
     check_loras,
+    check_pictures,
     check_seed,
     check_side,
     check_sigmas,
@@ -130,22 +130,7 @@ class GenerateRequest:
                 raise UsageError(f"{name} is not available for O1 yet.", "Leave it out.")
 
     def _check_pictures(self, put: Callable[[Any, str, Any], None]) -> None:
-        references = self.references
-        if references is None:
-            references = ()
-        elif is_picture(references):
-            references = (references,)
-        elif not isinstance(references, Iterable):
-            raise UsageError(f"references={references!r} is not a list of pictures.")
-        references = tuple(references)
-        for number, picture in enumerate(references, 1):
-            if not is_picture(picture):
-                raise UsageError(f"reference {number} is neither a path nor a picture.")
-        if len(references) > MAX_REFERENCES:
-            raise UsageError(
-                f"{len(references)} references are given; the limit is {MAX_REFERENCES}.",
-                "Leave some out.",
-            )
+        references = check_pictures(() if self.references is None else self.references, "reference")
         put(self, "references", references)
         for name in ("mask", "init_image"):
             if getattr(self, name) is not None and not is_picture(getattr(self, name)):

@@ -3,18 +3,16 @@ keywords."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from hidream.errors import InputError, UsageError
 from hidream.limits import (
-    MAX_REFERENCES,
     TEXT_RANGES,
     check_in_range,
+    check_pictures,
     check_seed,
     clean_prompt,
-    is_picture,
 )
 
 DESCRIBE = "Describe the picture."
@@ -51,7 +49,7 @@ class TextRequest:
         if isinstance(self.seed, list | tuple):
             raise UsageError("a text has one seed.", "Make a request for each seed.")
         put(self, "seed", check_seed(self.seed, None))
-        put(self, "pictures", _pictures(self.pictures))
+        put(self, "pictures", check_pictures(self.pictures, "picture"))
 
     @classmethod
     def about(cls, picture: Any, question: str | None = None, **fields: Any) -> TextRequest:
@@ -73,20 +71,3 @@ class TextRequest:
         if self.temperature > 0 or not given:
             return ()
         return (f"{' and '.join(given)} without effect: the temperature is 0.",)
-
-
-def _pictures(value: Any) -> tuple[Any, ...]:
-    if is_picture(value):
-        return (value,)
-    if not isinstance(value, Iterable):
-        raise UsageError(f"pictures={value!r} is not a list of pictures.")
-    pictures = tuple(value)
-    for number, picture in enumerate(pictures, 1):
-        if not is_picture(picture):
-            raise UsageError(f"picture {number} is neither a path nor a picture.")
-    if len(pictures) > MAX_REFERENCES:
-        raise UsageError(
-            f"{len(pictures)} pictures are given; the limit is {MAX_REFERENCES}.",
-            "Leave some out.",
-        )
-    return pictures

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model
+from hidream.cli.loading import check_memory, load_pipeline
 from hidream.errors import InputError, UsageError
 from hidream.registry import DEFAULT_MODEL
 
@@ -28,21 +30,15 @@ def run(argv: list[str]) -> int:
         value = getattr(arguments, name)
         if not 1 <= value <= most:
             raise UsageError(f"--{name} {value} is out of range: 1 … {most}.")
+    check_memory(arguments)
     output = Path(arguments.output).expanduser() if arguments.output else None
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"{output.parent} is not a folder.", "Make it first.")
 
     from hidream.bench import cases, timing
-    from hidream.pipelines import load
 
     model = arguments.model or DEFAULT_MODEL
-    console.say(f"loading {model}")
-    pipe = load(
-        model,
-        device=arguments.device,
-        dtype=None if arguments.dtype == "auto" else arguments.dtype,
-        variant=arguments.variant,
-    )
+    pipe = load_pipeline(arguments, model)
     chosen = (*cases.TEXT_TO_IMAGE, *cases.WITH_REFERENCES)
     result: dict[str, Any] = {"model": pipe.spec.name, "machine": timing.machine()}
     result["device"] = str(pipe.device)
@@ -56,8 +52,6 @@ def run(argv: list[str]) -> int:
         on_progress=console.say,
     )
     if output is not None:
-        import json
-
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if arguments.json:
         console.show(result)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model, add_text
-from hidream.errors import ModelError, UsageError
+from hidream.cli.loading import check_memory, load_pipeline
+from hidream.errors import ModelError
 from hidream.folder import locate, open_folder
 from hidream.registry import DEFAULT_MODEL
 from hidream.text_request import TextRequest
@@ -36,10 +37,7 @@ def run(argv: list[str]) -> int:
     add_model(parser)
     add_json(parser)
     arguments = parser.parse(argv)
-    if arguments.memory != "auto":
-        raise UsageError(
-            f"--memory {arguments.memory} is not available for O1 yet; auto is.", "Leave it out."
-        )
+    check_memory(arguments)
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     fields = {name: value for name, value in vars(arguments).items() if name in names}
     request = TextRequest.about(arguments.image, arguments.question, **fields)
@@ -61,15 +59,7 @@ def run(argv: list[str]) -> int:
 
 def _answer(arguments: argparse.Namespace, model: str, request: TextRequest) -> int:
     """Load the model and write: on a terminal word by word, as plain text or JSON when done."""
-    from hidream.pipelines import load
-
-    console.say(f"loading {model}")
-    pipe = load(
-        model,
-        device=arguments.device,
-        dtype=None if arguments.dtype == "auto" else arguments.dtype,
-        variant=arguments.variant,
-    )
+    pipe = load_pipeline(arguments, model)
     live = not arguments.json and sys.stdout.isatty()
     try:
         output = pipe.generate_text(request, on_token=_show_piece if live else None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hidream.cli import console
 from hidream.cli.again import PICTURES, Again, merged, read_again, with_carried
+from hidream.cli.loading import check_memory, load_pipeline
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.errors import ModelError, UsageError
 from hidream.folder import Folder, locate, open_folder
@@ -88,7 +89,6 @@ def _draw(
     digest: str | None,
 ) -> int:
     from hidream.pictures import write_picture
-    from hidream.pipelines import load
 
     def note(ran: GenerateRequest, seed: int) -> dict[str, Any] | None:
         if arguments.no_metadata:
@@ -96,14 +96,7 @@ def _draw(
         named = {name: getattr(request, name) for name in PICTURES}  # not those carried inside
         return note_of(replace(ran, **named), seed, pipe, digest, inputs)
 
-    console.say(f"loading {request.model}")
-    pipe = load(
-        model,
-        device=arguments.device,
-        dtype=None if arguments.dtype == "auto" else arguments.dtype,
-        memory=arguments.memory,
-        variant=arguments.variant,
-    )
+    pipe = load_pipeline(arguments, model, request.model)
     if difference := differences(again, pipe):
         _warn(difference, warnings)
     batches = list(_batches(with_carried(request, again.carried), paths))
@@ -142,10 +135,7 @@ def _draw(
 def _refuse_for_now(arguments: argparse.Namespace) -> None:
     if arguments.embed_inputs and arguments.no_metadata:
         raise UsageError("--embed-inputs and --no-metadata exclude each other.", "Leave one out.")
-    if arguments.memory != "auto":
-        raise UsageError(
-            f"--memory {arguments.memory} is not available for O1 yet; auto is.", "Leave it out."
-        )
+    check_memory(arguments)
     if arguments.preview_every is not None and arguments.preview_every < 1:
         raise UsageError(f"--preview-every {arguments.preview_every} is less than 1.")
 

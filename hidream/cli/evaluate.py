@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model
+from hidream.cli.loading import check_memory, load_pipeline
 from hidream.errors import UsageError
 from hidream.registry import DEFAULT_MODEL, nearest
 
@@ -45,24 +46,16 @@ def _world(argv: list[str]) -> int:
         raise UsageError(f"--scenes {arguments.scenes} is out of range: 1 … 100000.")
     if not 0 <= arguments.seed < 2**31:
         raise UsageError(f"--seed {arguments.seed} is out of range: 0 … 2147483647.")
-    if arguments.memory != "auto":
-        raise UsageError(f"--memory {arguments.memory} is not available for O1 yet; auto is.")
+    check_memory(arguments)
 
     from hidream.eval import world
-    from hidream.pipelines import load
 
     categories = tuple(arguments.categories or world.CATEGORIES)
     for name in categories:
         if name not in world.CATEGORIES:
             raise UsageError(f'unknown category "{name}"; {nearest(name, world.CATEGORIES)}')
     model = arguments.model or DEFAULT_MODEL
-    console.say(f"loading {model}")
-    pipe = load(
-        model,
-        device=arguments.device,
-        dtype=None if arguments.dtype == "auto" else arguments.dtype,
-        variant=arguments.variant,
-    )
+    pipe = load_pipeline(arguments, model)
     result = world.run(
         pipe,
         num_scenes=arguments.scenes,

@@ -79,6 +79,7 @@ def test_means_are_geometric_and_by_task(monkeypatch):
     [
         (["--steps", "0"], 2, "--steps 0 is out of range"),
         (["--rounds", "x"], 2, "--rounds"),
+        (["--memory", "low"], 2, "--memory low"),
         (["-o", "/no/such/folder/x.json"], 3, "is not a folder"),
     ],
 )

@@ -1,0 +1,34 @@
+"""What the commands that need a model share: its flags checked, its pipeline loaded."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from hidream.cli import console
+from hidream.errors import UsageError
+
+if TYPE_CHECKING:
+    from hidream.pipelines import Pipeline
+
+
+def check_memory(arguments: argparse.Namespace) -> None:
+    """UsageError for a memory policy that O1 does not have yet."""
+    if arguments.memory != "auto":
+        raise UsageError(
+            f"--memory {arguments.memory} is not available for O1 yet; auto is.", "Leave it out."
+        )
+
+
+def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = None) -> Pipeline:
+    """The pipeline of `model`, which the message calls `name`, as `add_model`'s flags say."""
+    from hidream.pipelines import load
+
+    console.say(f"loading {name or model}")
+    return load(
+        model,
+        device=arguments.device,
+        dtype=None if arguments.dtype == "auto" else arguments.dtype,
+        memory=arguments.memory,
+        variant=arguments.variant,
+    )
