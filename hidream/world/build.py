@@ -48,7 +48,7 @@ class Part:
         )
 
 
-_LARGE_FIRST = tuple(s for name in ("large", "medium", "small") for s in reversed(SIZES[name]))
+_LARGE_FIRST = tuple(SIZES[name] for name in ("large", "medium", "small"))
 
 
 def any_size(dice: Dice, total: int) -> float:
@@ -56,7 +56,7 @@ def any_size(dice: Dice, total: int) -> float:
     weights = {1: (0.15, 0.4, 0.45), 2: (0.17, 0.5, 0.33), 3: (0.3, 0.7, 0.0)}
     small, medium, large = weights.get(total, (0.5, 0.5, 0.0))
     name = dice.weighted((("small", small), ("medium", medium), ("large", large)))
-    return dice.pick(SIZES[name])
+    return SIZES[name]
 
 
 def smaller(size: float) -> float:

@@ -19,6 +19,7 @@ from hidream.world.scene import (
     boxes_apart,
     extent,
     holds,
+    lattice,
     place,
 )
 from hidream.world.text_to_image import a_sign
@@ -187,14 +188,18 @@ def _moved(dice: Dice, objects: tuple[Object, ...], i: int) -> tuple[Object, str
     side = dice.pick(("left", "right", "top", "bottom"))
     gap = MARGIN + 0.01
     x, y = thing.x, thing.y
+    columns = lattice(gap + width / 2, 1 - gap - width / 2)
+    rows = lattice(gap + height / 2, 1 - gap - height / 2)
+    if not columns or not rows:
+        return None
     if side == "left":
-        x = gap + width / 2
+        x = columns[0]
     elif side == "right":
-        x = 1 - gap - width / 2
+        x = columns[-1]
     elif side == "top":
-        y = gap + height / 2
+        y = rows[0]
     else:
-        y = 1 - gap - height / 2
+        y = rows[-1]
     if abs(x - thing.x) + abs(y - thing.y) < 0.2:
         return None
     return replace(thing, x=round(x, 4), y=round(y, 4)), side

@@ -7,6 +7,7 @@ down); on a picture that is not square, sizes are fractions of its shorter side.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-WORLD_VERSION = "1.0"
+WORLD_VERSION = "1.1"
 
 #: Kind of object -> (width, height) of its tight box in units of the object's size.
 KINDS: dict[str, tuple[float, float]] = {
@@ -53,12 +54,11 @@ PATTERNS = ("stripes", "bands", "dots", "checks", "halves")
 SIGN_STYLES = ("white", "wooden")
 RELATIONS = ("left", "right", "above", "below")
 
-#: Size name -> the sizes (fractions of the picture's side) that bear it.
-SIZES: dict[str, tuple[float, ...]] = {
-    "small": (0.20, 0.22, 0.24),
-    "medium": (0.29, 0.31, 0.33),
-    "large": (0.41, 0.43, 0.45),
-}
+#: Size name -> the size (a fraction of the picture's side).
+SIZES: dict[str, float] = {"small": 0.22, "medium": 0.31, "large": 0.43}
+#: Centres stand on a lattice of sixteenths. Together with three sizes it leaves every kind a dozen
+#: positions against the patches instead of thousands: what two cores can learn in two hours.
+LATTICE = 16
 MARGIN = 0.035  # between two objects, and between an object and the picture's edge
 HORIZON = 0.2  # the ground begins here: every object stands on it
 
@@ -196,6 +196,12 @@ def boxes_apart(a: Box, b: Box, margin: float = MARGIN) -> bool:
     )
 
 
+def lattice(low: float, high: float) -> list[float]:
+    """The places of the lattice from `low` to `high`, rising."""
+    first, last = math.ceil(LATTICE * low - 1e-6), math.floor(LATTICE * high + 1e-6)
+    return [i / LATTICE for i in range(first, last + 1)]
+
+
 def holds(relation: str, a: Box, b: Box, threshold: float = 0.5) -> bool:
     """Whether box `a` is left of / right of / above / below box `b`.
 
@@ -234,15 +240,12 @@ def place(
             regions = _halves(dice, extents, relations)
         boxes: list[Box] = []
         for (width, height), region in zip(extents, regions, strict=True):
-            x_low = max(low, region[0]) + width / 2
-            x_high = min(high, region[2]) - width / 2
-            y_low = max(low, region[1]) + height / 2
-            y_high = min(high, region[3]) - height / 2
-            if x_low > x_high + 1e-9 or y_low > y_high + 1e-9:
+            columns = lattice(max(low, region[0]) + width / 2, min(high, region[2]) - width / 2)
+            rows = lattice(max(low, region[1]) + height / 2, min(high, region[3]) - height / 2)
+            if not columns or not rows:
                 break
             for _ in range(10):
-                x = dice.uniform(x_low, x_high)
-                y = dice.uniform(y_low, y_high)
+                x, y = dice.pick(columns), dice.pick(rows)
                 box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
                 if all(boxes_apart(box, other) for other in taken) and all(
                     boxes_apart(box, other) for other in boxes

@@ -21,7 +21,7 @@ def subject(dice: Dice, category: str | None) -> Sample:
         subjects.append(Subject(kind=kind, pattern=pattern, color=first, color2=second))
     low = {1: ("medium", "large"), 2: ("medium",), 3: ("medium",)}[count]
     parts = [
-        Part(kind=s.kind, color=s.color, subject=s, size=dice.pick(SIZES[dice.pick(low)]))
+        Part(kind=s.kind, color=s.color, subject=s, size=SIZES[dice.pick(low)])
         for s in subjects
     ]
     nouns = [_subject_noun(dice, i, s, count) for i, s in enumerate(subjects)]

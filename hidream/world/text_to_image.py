@@ -11,15 +11,15 @@ from hidream.world.sample import Sample
 from hidream.world.scene import BACKGROUNDS, RELATIONS, SIGN_STYLES, Dice
 
 _MIX = (  # what text_to_image draws from when no category is asked for
-    ("single", 0.06),
-    ("colors", 0.1),
-    ("two_objects", 0.07),
-    ("position", 0.11),
-    ("counting", 0.1),
-    ("attribute_binding", 0.12),
-    ("words", 0.08),
-    ("related", 0.18),
-    ("free", 0.18),
+    ("single", 0.08),
+    ("colors", 0.12),
+    ("two_objects", 0.08),
+    ("position", 0.13),
+    ("counting", 0.12),
+    ("attribute_binding", 0.13),
+    ("words", 0.04),
+    ("related", 0.16),
+    ("free", 0.14),
 )
 
 _Plan = tuple[tuple[Part, ...], str]  # parts, relation between the first two ("" for none)
