@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from hidream.cli.recording import Inputs, differences, model_digest, note_of, re
 from hidream.errors import ModelError, UsageError
 from hidream.folder import Folder, locate, open_folder
 from hidream.limits import batch_size
+from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
 from hidream.request import GenerateRequest, resolve, warnings_of
 
@@ -245,11 +246,20 @@ def _dry_run(
     from hidream.cli.estimate import estimate
 
     batch = len(next(_batches(request, paths))[1])
-    expected = estimate(request, folder, spec, arguments.device, arguments.dtype, batch)
+    expected = estimate(
+        request,
+        folder,
+        spec,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        batch_size=batch,
+        memory=arguments.memory,
+    )
     if folder is None:
         console.warn(f"{spec.name} is not on this machine: hidream models pull {spec.name}")
-    if expected["memory_bytes"] > expected["available_bytes"]:
-        console.warn("this may not fit the memory.")
+    policies = {row["name"]: row for row in expected["policies"]}
+    if not policies[arguments.memory]["fits"]:
+        console.warn(_may_not_fit(arguments.memory, policies))
     settings = request.to_dict()
     if arguments.json:
         outputs = [str(path) for path in paths]
@@ -265,4 +275,18 @@ def _dry_run(
         f"{console.duration(expected['seconds'])} on {expected['device']}; arithmetic, not a "
         "measurement"
     )
+    for name, row in policies.items():
+        beside = f" and {console.size(row['cpu_bytes'])} of CPU memory" if row["cpu_bytes"] else ""
+        fits = "" if row["fits"] else ", which may not fit"
+        lacks = "" if row["available"] else "; needs torchao"
+        print(f"{'--memory ' + name:<20} {console.size(row['memory_bytes'])}{beside}{fits}{lacks}")
     return 0
+
+
+def _may_not_fit(memory: str, policies: Mapping[str, Mapping[str, Any]]) -> str:
+    """What to tell of a policy, and the next smaller one that fits, if any."""
+    smaller = POLICIES[memory].smaller
+    while smaller is not None and not policies[smaller]["fits"]:
+        smaller = POLICIES[smaller].smaller
+    remedy = f"--memory {smaller} should" if smaller else "ask for a smaller size"
+    return f"this may not fit the memory; {remedy}."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hidream.errors import InputError
 from hidream.lora_file import LoraFile, LoraLayer, stamp_of
+from hidream.models.placement import Elsewhere
 from hidream.nn.lora import Branch, adapted, scaled, summed
 
 MAX_KEPT = 2 * 1024**3  # bytes
@@ -51,12 +52,16 @@ class LoraWeights:
 
 
 def with_loras(
-    model: Module, loras: Sequence[tuple[LoraFile, float]], weights: LoraWeights
+    model: Module,
+    loras: Sequence[tuple[LoraFile, float]],
+    weights: LoraWeights,
+    elsewhere: Elsewhere | None = None,
 ) -> Module:
     """`model` as these LoRAs, each with its scale, change it together; the model stays as it is.
 
     Each is measured from the unchanged model and the changes are added, so that their order does
-    not matter. Raises InputError where a file cannot be read any more.
+    not matter. `elsewhere` is the model's, where not all of its weights are on the device.
+    Raises InputError where a file cannot be read any more.
     """
     parts: dict[str, list[tuple[LoraLayer, Weights, float]]] = {}
     for file, scale in loras:
@@ -67,8 +72,14 @@ def with_loras(
             parts.setdefault(layer.layer, []).append((layer, tensors, scale))
     branches = {}
     for name, changes in parts.items():
-        weight = model.get_parameter(f"{name}.weight")
-        branches[name] = summed([_branch(weight, *change) for change in changes], like=weight)
+        name_there = f"{name}.weight"
+        if elsewhere is None:
+            weight = like = model.get_parameter(name_there)
+        else:  # only a DoRA asks for the weight itself
+            like = elsewhere.like
+            dora = any(layer.magnitude is not None for layer, _, _ in changes)
+            weight = elsewhere.read(name_there) if dora else like
+        branches[name] = summed([_branch(weight, *change) for change in changes], like=like)
     return adapted(model, branches)
 
 
