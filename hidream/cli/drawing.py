@@ -158,6 +158,9 @@ def _settle(arguments: argparse.Namespace, again: Again, *, same_model: bool) ->
     """Compute as the picture of --from was computed, unless the flags say how."""
     if arguments.dtype == "auto" and again.dtype:
         arguments.dtype = again.dtype
+    if arguments.memory == "auto" and again.weights in POLICIES:
+        arguments.memory = again.weights
+        check_memory(arguments)
     if arguments.variant is None and same_model:
         arguments.variant = again.variant
 

@@ -8,11 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from hidream import memory
+from hidream.cli import main
 from hidream.errors import MemoryExceeded, ModelError, UsageError
 from hidream.memory import AUTO, POLICIES, Policy, find_policy
 from hidream.models import quantise
@@ -317,6 +319,18 @@ def test_what_cannot_fit_is_refused_before_it_is_read(tiny_folder, monkeypatch):
         load(tiny_folder, device="cpu", memory="low")
 
 
+def test_cpu_memory_is_asked_too(monkeypatch):
+    """Streamed blocks of a GPU wait in CPU memory: 13.9 GB of the 8B's."""
+    monkeypatch.setattr(
+        counting, "total_memory", lambda device: 10e9 if device.type == "cpu" else 40e9
+    )
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    for name in ("auto", "low", "12gb"):
+        counting.check_fit(O1_8B, POLICIES[name], device=gpu, dtype=half)
+    with pytest.raises(MemoryExceeded, match=r"stream keeps 13\.9 GB in CPU memory"):
+        counting.check_fit(O1_8B, POLICIES["stream"], device=gpu, dtype=half)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -450,6 +464,19 @@ def test_blocks_are_rounded_as_they_are_read(tiny_folder, pipe, rounding, monkey
     assert len(rounding) == len(alive) == 7 * O1_TINY.text.num_layers
     plain, changed = pipe("red", **FEW), rounded("red", **FEW)
     assert 0 < tiny.levels(plain.images[0], changed.images[0]) < 40
+
+
+def test_a_rounded_picture_is_made_again_rounded(tiny_folder, rounding, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--steps", "2", "-m", str(tiny_folder)]
+    assert main(["generate", "red", *common, "--memory", "int8", "-o", "a.png"]) == 0
+    assert main(["generate", "--from", "a.png", "-m", str(tiny_folder), "-o", "b.png"]) == 0
+    assert main(["generate", "--from", "a.png", *common, "--memory", "low", "-o", "c.png"]) == 0
+    one, again, exact = (Image.open(name).convert("RGB") for name in ("a.png", "b.png", "c.png"))
+    assert tiny.levels(one, again) == 0
+    assert tiny.levels(one, exact) > 0
+    monkeypatch.setattr(memory, "available", lambda policy: policy.exact)
+    assert main(["generate", "--from", "a.png", "-m", str(tiny_folder), "-o", "d.png"]) == 2
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])

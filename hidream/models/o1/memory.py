@@ -193,12 +193,20 @@ def need(
 def check_fit(
     config: O1Config, policy: Policy, *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """MemoryExceeded where the weights alone are more than the device has; names what would fit."""
+    """MemoryExceeded where weights alone are more than there is room for; names what would fit."""
 
     def least(policy: Policy) -> int:
         counted = weight_bytes(config, policy, width=dtype.itemsize, device=device.type)
         return counted.always
 
+    beside = streamed_bytes(config, policy, width=dtype.itemsize)
+    room = total_memory(torch.device("cpu"))
+    if device.type == "cuda" and beside > room:
+        raise MemoryExceeded(
+            f"--memory {policy.name} keeps {beside / 1e9:.1f} GB in CPU memory; this machine has "
+            f"{room / 1e9:.1f} GB.",
+            "Use a policy that streams less, or int8.",
+        )
     room = total_memory(device)
     if least(policy) <= room:
         return
