@@ -19,5 +19,6 @@ def quantised(weight: Float[Tensor, "o i"], numbers: Quantised) -> Tensor:
     rows, columns = weight.shape
     layer = nn.Linear(columns, rows, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    quantize_(layer, config)
-    return layer.weight
+    holder = nn.Sequential(layer)  # torchao changes layers inside of what it is given
+    quantize_(holder, config)
+    return holder[0].weight
