@@ -72,15 +72,23 @@ def with_loras(
             parts.setdefault(layer.layer, []).append((layer, tensors, scale))
     branches = {}
     for name, changes in parts.items():
-        name_there = f"{name}.weight"
-        if elsewhere is None:
-            weight = like = model.get_parameter(name_there)
-        else:  # only a DoRA asks for the weight itself
-            like = elsewhere.like
-            dora = any(layer.magnitude is not None for layer, _, _ in changes)
-            weight = elsewhere.read(name_there) if dora else like
+        weight, like = _weight(model, f"{name}.weight", changes, elsewhere)
         branches[name] = summed([_branch(weight, *change) for change in changes], like=like)
     return adapted(model, branches)
+
+
+def _weight(
+    model: nn.Module,
+    name: str,
+    changes: Sequence[tuple[LoraLayer, Weights, float]],
+    elsewhere: Elsewhere | None,
+) -> tuple[Tensor, Tensor]:
+    """A layer's weight, which only a DoRA asks for, and a tensor of its dtype and device."""
+    if elsewhere is None:
+        weight = model.get_parameter(name)
+        return weight, weight
+    dora = any(layer.magnitude is not None for layer, _, _ in changes)
+    return elsewhere.read(name) if dora else elsewhere.like, elsewhere.like
 
 
 def _branch(weight: Tensor, layer: LoraLayer, tensors: Weights, scale: float) -> Branch:

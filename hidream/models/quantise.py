@@ -19,6 +19,8 @@ def quantised(weight: Float[Tensor, "o i"], numbers: Quantised) -> Tensor:
     rows, columns = weight.shape
     layer = nn.Linear(columns, rows, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    holder = nn.Sequential(layer)  # torchao changes layers inside of what it is given
+    holder = nn.Sequential(layer)  # torchao changes the layers inside of what it is given
     quantize_(holder, config)
-    return holder[0].weight
+    changed = holder[0]
+    assert isinstance(changed, nn.Linear)
+    return changed.weight
