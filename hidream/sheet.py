@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 64
 PANEL_ASPECT = 16 / 9  # width over height of a panel, unless a size says otherwise
-_EMPTY_CELL = 3.0  # how a row that is not full weighs against a sheet that is far from square
+_EMPTY_CELL = 4.0  # how a row that is not full weighs against a sheet that is far from square
 _RANGES: dict[str, Range] = {
     "number": (True, 2, MAX_PANELS, True),
     "columns": (True, 1, MAX_PANELS, True),
