@@ -1,4 +1,4 @@
-"""`hidream storyboard`, `edit --expand` and `info --analyse` as a person uses them; their docs run."""
+"""`hidream storyboard`, `edit --expand`, `info --analyse` as a person uses them; their pages run."""
 
 import io
 import json

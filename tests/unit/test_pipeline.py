@@ -544,7 +544,7 @@ def test_a_sheet_stays_white_between_its_panels(pipe, seen):
 
 
 def test_panels_see_each_other_in_one_sequence(pipe, seen):
-    calls, batches = seen
+    _, batches = seen
     sheet = Sheet(number=2, columns=2, gutter=0, width=32, height=32)
     out = pipe(request(sheet=sheet))
     assert len(batches) == len(batches[0]) == 1
