@@ -114,7 +114,7 @@ def _show_seams(seams: Mapping[str, Any]) -> None:
         print(
             f"  {name:<20} {found['ratio']:.2f} = {found['border']:.2f} / {found['inside']:.2f} "
             f"levels; other offsets {low:.2f} to {high:.2f}: "
-            f"{'the grid shows' if found['shows'] else 'normal'}"
+            f"{'more than any of them' if found['shows'] else 'normal'}"
         )
 
 
