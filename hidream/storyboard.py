@@ -171,12 +171,12 @@ def arrange(
     return Sheet(number=number, columns=columns, gutter=gutter, width=wide, height=high)
 
 
-def with_default_camera(script: Script, **camera: str | None) -> Script:
+def with_default_camera(
+    script: Script, *, shot: str | None = None, angle: str | None = None, view: str | None = None
+) -> Script:
     """The script with shot, angle and view for the panels that have none of their own."""
     panels = tuple(
-        replace(
-            panel, **{name: value for name, value in camera.items() if not getattr(panel, name)}
-        )
+        replace(panel, shot=panel.shot or shot, angle=panel.angle or angle, view=panel.view or view)
         for panel in script.panels
     )
     return replace(script, panels=panels)
