@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from hidream.limits import (
     size_error,
     snap_size,
 )
+from hidream.outpainting import Margins, canvas_size, check_expand, fit_expand
 from hidream.registry import SAMPLERS, Defaults, nearest
+from hidream.sheet import Sheet, read_sheet, resolve_sheet
 
 DEFAULT_STRENGTH = 0.6
 NO_PROMPT = " "  # the caption of the unconditional branch, as published
@@ -54,9 +56,12 @@ class GenerateRequest:
     per reference, `(x1, x2, y1, y2)` as fractions of the picture. `seed` may be several, one
     picture each; -1 or None draws one. `guidance_interval` is the range of sigma where guidance
     acts. `sigmas` fall from at most 1, without the final 0. `strength` is the share of the
-    schedule that an image-to-image request runs. `loras` holds (path, scale) pairs; a path is a
-    safetensors file, a folder with one, or a hub name. `shot`, `angle` and `view` are names of
-    `hidream.camera`, put into words before the prompt.
+    schedule that an image-to-image request runs. `expand` is the pixels by which the only
+    reference grows at its left, top, right and bottom: all of it is kept, what is new is drawn
+    (and what a mask of the reference frees). `sheet` parts the picture into panels.
+    `loras` holds (path, scale) pairs; a path is a safetensors file, a folder with one, or a hub
+    name. `shot`, `angle` and `view` are names of `hidream.camera`, put into words before the
+    prompt.
 
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
@@ -90,6 +95,8 @@ class GenerateRequest:
     angle: str | None = None
     view: str | None = None
     init_image: Any = None
+    expand: Margins | None = None
+    sheet: Sheet | None = None
     refine_prompt: str | None = None
     refine_strength: float | None = None
     sparsity: float | None = None
@@ -122,6 +129,7 @@ class GenerateRequest:
         put(self, "guidance_interval", check_interval(self.guidance_interval))
         put(self, "seed", check_seed(self.seed, self.num_images))
         self._check_pictures(put)
+        self._check_canvas(put)
         for name in CAMERA:
             put(self, name, camera_value(name, getattr(self, name)))
         put(self, "loras", check_loras(self.loras or ()))
@@ -150,6 +158,25 @@ class GenerateRequest:
                 "its own box.",
                 "Give one box per reference, in the references' order.",
             )
+
+    def _check_canvas(self, put: Callable[[Any, str, Any], None]) -> None:
+        put(self, "expand", check_expand(self.expand))
+        put(self, "sheet", read_sheet(self.sheet))
+        if self.expand is not None and (len(self.references) != 1 or self.init_image is not None):
+            raise UsageError(
+                f"expand makes one picture larger; there are {len(self.references)} references"
+                f"{' and an initial picture' if self.init_image is not None else ''}.",
+                "Edit one picture: hidream edit IMAGE INSTRUCTION --expand …",
+            )
+        if self.sheet is not None:
+            for name in ("mask", "init_image", "expand"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"a sheet of panels and {name} exclude each other.")
+            if (self.width is None) != (self.height is None):
+                raise UsageError("a sheet has its width or its height alone.", "Give both.")
+        if self.keep_aspect and (self.expand or self.sheet):
+            what = "expand" if self.expand else "a sheet of panels"
+            raise UsageError(f"{what} and keep_aspect exclude each other.", "Leave one out.")
 
     @property
     def task(self) -> str:
@@ -214,7 +241,17 @@ def resolve(
         )
         keep_aspect = keep_aspect and request.layout is None
         keep_aspect = keep_aspect and request.width is None and request.height is None
-    width, height = _resolved_size(request, defaults, patch_size, source_size, keep_aspect)
+        keep_aspect = keep_aspect and request.expand is None and request.sheet is None
+    expand, sheet = request.expand, request.sheet
+    if sheet is not None:
+        sheet = _resolved_sheet(request, sheet, defaults, patch_size)
+        width, height = sheet.size
+        check_area(width, height)
+    elif expand is not None and source_size is not None:
+        expand = fit_expand(source_size, expand, patch_size, snap=request.snap == "nearest")
+        width, height = _canvas(request, source_size, expand)
+    else:
+        width, height = _resolved_size(request, defaults, patch_size, source_size, keep_aspect)
     sigmas, steps = request.sigmas, request.num_inference_steps
     if sigmas is None and defaults.sigmas is not None:
         own_steps = steps in (None, len(defaults.sigmas))
@@ -249,6 +286,8 @@ def resolve(
         noise_clip_std=or_default("noise_clip_std"),
         seed=seed,
         num_images=len(seed) if isinstance(seed, tuple) else request.num_images or 1,
+        expand=expand,
+        sheet=sheet,
         strength=_or(request.strength, DEFAULT_STRENGTH) if request.init_image else None,
         refine_prompt=request.refine_prompt or "off",
         sparsity=_or(request.sparsity, 0.0),
@@ -263,6 +302,13 @@ def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str,
         before, after = getattr(asked, name), getattr(resolved, name)
         if before is not None and before != after:
             found.append(f"{name}={before} is snapped to {after}.")
+    if asked.expand is not None and asked.expand != resolved.expand:
+        found.append(f"expand={asked.expand} is snapped to {resolved.expand}.")
+    for name in ("gutter", "width", "height"):
+        before, after = getattr(asked.sheet, name, None), getattr(resolved.sheet, name, None)
+        if before is not None and before != after:
+            what = name if name == "gutter" else f"a panel's {name}"
+            found.append(f"{what}={before} is snapped to {after}.")
     if resolved.layout and len(resolved.layout) > TRAINED_BOXES:
         found.append(
             f"{len(resolved.layout)} boxes: the published checkpoints were trained with at most "
@@ -306,7 +352,38 @@ def _resolved_size(
     return width, height
 
 
+def _resolved_sheet(
+    request: GenerateRequest, sheet: Sheet, defaults: Defaults, patch_size: int
+) -> Sheet:
+    asked = request.width is not None and request.height is not None
+    return resolve_sheet(
+        sheet,
+        patch_size,
+        native_area=defaults.width * defaults.height,
+        size=(request.width, request.height) if asked else None,  # type: ignore[arg-type]
+        snap=request.snap == "nearest",
+    )
+
+
+def _canvas(
+    request: GenerateRequest, source_size: tuple[int, int], expand: Margins
+) -> tuple[int, int]:
+    width, height = canvas_size(source_size, expand)
+    if (request.width or width, request.height or height) != (width, height):
+        raise UsageError(
+            f"with expand the picture is {width}x{height}; {request.width}x{request.height} is "
+            "asked for too.",
+            "Leave --size out.",
+        )
+    check_side("width", width)
+    check_side("height", height)
+    check_area(width, height)
+    return width, height
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, Sheet):
+        return asdict(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Path):

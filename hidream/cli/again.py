@@ -87,7 +87,8 @@ def merged(again: Again, given: Mapping[str, Any]) -> dict[str, Any]:
     """The request's fields: what is `given` over what the picture says.
 
     What follows from something that is given anew is not taken from the picture: the number of
-    pictures from the seeds, the sigmas from steps and shift, the size from the source's aspect.
+    pictures from the seeds, the sigmas from steps and shift, the size from the source's aspect or
+    its expansion, the panels' size from the sheet's or the other way round.
     """
     found = dict(again.fields)
     if {"seed", "num_images"} & set(given):
@@ -100,6 +101,12 @@ def merged(again: Again, given: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("keep_aspect") and {"references", "init_image"} & set(given):
         found.pop("width", None)
         found.pop("height", None)
+    sources = {"references", "init_image"} & set(given)
+    if "expand" in given or "sheet" in given or (found.get("expand") and sources):
+        for name in ("width", "height", "keep_aspect"):
+            found.pop(name, None)
+    if isinstance(found.get("sheet"), Mapping) and {"width", "height"} & set(given):
+        found["sheet"] = {**found["sheet"], "width": None, "height": None}
     return {**found, **given}
 
 

@@ -128,6 +128,13 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     group.add_argument("--init", dest="init_image", metavar="IMAGE", help="start from it", **unset)
     group.add_argument("--strength", type=float, metavar="F", help="how far from --init", **unset)
     group.add_argument("--mask", metavar="IMAGE", help="white where it may change", **unset)
+    group.add_argument(
+        "--expand",
+        type=_margins,
+        metavar="L,T,R,B",
+        help="pixels that the source grows by at its left, top, right, bottom; it is kept itself",
+        **unset,
+    )
 
     group.add_argument(
         "--lora",
@@ -190,6 +197,20 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="P", help="draw among the likeliest only", **unset
     )
     group.add_argument("--seed", type=_whole, metavar="N", help="-1 draws one", **unset)
+
+
+def add_panels(parser: argparse.ArgumentParser) -> None:
+    """How a storyboard's panels lie on their sheet; None where it is not given."""
+    group = parser.add_argument_group("panels")
+    group.add_argument(
+        "--columns", type=_whole, metavar="N", help="panels in a row (default: by their shape)"
+    )
+    group.add_argument(
+        "--panel", type=_size, metavar="WxH", help="pixels of one panel (--size is the sheet's)"
+    )
+    group.add_argument(
+        "--gutter", type=_whole, metavar="N", help="white pixels between panels; 0 is none"
+    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -272,6 +293,15 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f'"{text}" is no size; write WIDTHxHEIGHT, as in 256x256')
     return int(match[1]), int(match[2])
+
+
+def _margins(text: str) -> list[int]:
+    if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9}){3}|-?\d{1,9}", text):
+        raise argparse.ArgumentTypeError(
+            f'"{text[:40]}" is not four numbers; write LEFT,TOP,RIGHT,BOTTOM in pixels, as in '
+            "0,0,64,0"
+        )
+    return [int(part) for part in text.split(",")]
 
 
 def _whole(text: str) -> int:

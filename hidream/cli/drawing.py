@@ -22,15 +22,21 @@ from hidream.request import GenerateRequest, resolve, warnings_of
 if TYPE_CHECKING:
     from PIL import Image
 
+    from hidream.cli.storyboard import Board
+
 
 def draw(
-    arguments: argparse.Namespace, given: dict[str, Any], *, needs_reference: str | None = None
+    arguments: argparse.Namespace,
+    given: dict[str, Any],
+    *,
+    needs_reference: str | None = None,
+    board: Board | None = None,
 ) -> int:
     """Make the pictures that the flags ask for; returns the exit code.
 
     The cheap checks come first: flags, prompt and ranges, output, pictures, the model's headers.
     torch is imported, and weights are read, only after all of them. `needs_reference` tells how
-    to give the picture that the command cannot do without.
+    to give the picture that the command cannot do without. `board` cuts each picture into panels.
     """
     _refuse_for_now(arguments)
     warnings: list[str] = []
@@ -53,8 +59,9 @@ def draw(
     inputs = Inputs()
     if not arguments.no_metadata:
         inputs = read_inputs(asked, again.carried, embed=arguments.embed_inputs)
+    panels = [place for path in paths for place in board.places(path, draft)] if board else []
     pictures.check_outputs(
-        paths,
+        [*paths, *panels],
         overwrite=arguments.overwrite,
         num_bytes=(draft.width or 0) * (draft.height or 0) * 3 + 65_536 + inputs.num_bytes,
         make_folders=not arguments.dry_run,
@@ -71,12 +78,12 @@ def draw(
     for warning in warnings:
         console.warn(warning)
     if arguments.dry_run:
-        return _dry_run(arguments, request, spec, opened, paths)
+        return _dry_run(arguments, request, spec, opened, paths, panels)
     assert opened is not None
     digest = model_digest(opened) if again.digest or not arguments.no_metadata else None
     if again.digest and model == again.model and digest != again.digest:
         _warn(f"{model} has changed since the picture was made: its digest differs.", warnings)
-    return _draw(arguments, model, request, paths, warnings, again, inputs, digest)
+    return _draw(arguments, model, request, paths, warnings, again, inputs, digest, board)
 
 
 def _draw(
@@ -88,6 +95,7 @@ def _draw(
     again: Again,
     inputs: Inputs,
     digest: str | None,
+    board: Board | None,
 ) -> int:
     from hidream.pictures import write_picture
 
@@ -112,10 +120,15 @@ def _draw(
             seconds += output.timings["total"]
             for image, seed, path in zip(output.images, output.seeds, places, strict=True):
                 written = note(output.request, seed)
+                if board and written:
+                    written = board.sheet_note(written)
                 write_picture(image, path, written, overwrite=arguments.overwrite)
                 saved.append({"path": str(path), "seed": seed})
+                if board:
+                    cut = board.save(image, path, output.request, written, arguments.overwrite)
+                    saved[-1]["panels"] = cut
                 if not arguments.json:
-                    print(path, flush=True)
+                    print(path, *saved[-1].get("panels", ()), sep="\n", flush=True)
     finally:
         progress.close()
     if arguments.json:
@@ -245,6 +258,7 @@ def _dry_run(
     spec: Spec,
     folder: Folder | None,
     paths: Sequence[Path],
+    panels: Sequence[Path],
 ) -> int:
     from hidream.cli.estimate import estimate
 
@@ -265,13 +279,13 @@ def _dry_run(
         console.warn(_may_not_fit(arguments.memory, policies))
     settings = request.to_dict()
     if arguments.json:
-        outputs = [str(path) for path in paths]
+        outputs = [str(path) for path in (*paths, *panels)]
         console.show({"request": settings, "outputs": outputs, "estimate": expected})
         return 0
     for name, value in settings.items():
         if value not in (None, [], "off", False):
             print(f"{name:<20} {value}")
-    print(f"{'output':<20} {', '.join(map(str, paths))}")
+    print(f"{'output':<20} {', '.join(map(str, [*paths, *panels]))}")
     print(
         f"{'estimate':<20} {console.size(expected['memory_bytes'])} of memory (of "
         f"{console.size(expected['available_bytes'])} free), about "

@@ -8,6 +8,7 @@ from hidream.cli.drawing import draw
 EXAMPLES = """\
 hidream edit cube.png "make the cube green" -o green.png
 hidream edit photo.jpg "remove the car" --mask car.png --size 1024x1024
+hidream edit photo.jpg "more of the beach" --expand 256,0,256,0 --snap nearest
 hidream edit --from green.png -o again.png
 hidream edit other.png --from green.png -o other-green.png"""
 
@@ -16,7 +17,8 @@ def run(argv: list[str]) -> int:
     parser = Parser(
         "edit",
         "Change a picture as an instruction says. The result has the picture's aspect at the\n"
-        "model's native area unless --size says otherwise.",
+        "model's native area unless --size says otherwise; with --expand it is the picture, pixel\n"
+        "for pixel, with more around it.",
         usage="hidream edit IMAGE INSTRUCTION [flags]",
         epilog=EXAMPLES,
     )

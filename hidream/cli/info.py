@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json
+from hidream.errors import UsageError
+from hidream.limits import MAX_SIDE
 
 if TYPE_CHECKING:
     from hidream.metadata import Texts
@@ -21,8 +23,21 @@ _JOINER = "\u200d"  # of emoji
 def run(argv: list[str]) -> int:
     parser = Parser("info", "Show what a picture says about itself.")
     parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument(
+        "--analyse", action="store_true", help="also look for the grid of patches in its pixels"
+    )
+    parser.add_argument(
+        "--patch",
+        type=int,
+        metavar="N",
+        help="of --analyse: pixels of a patch (default: its model's)",
+    )
     add_json(parser)
     arguments = parser.parse(argv)
+    if arguments.patch is not None and not arguments.analyse:
+        raise UsageError("--patch is for --analyse.", "Add --analyse.")
+    if arguments.patch is not None and not 2 <= arguments.patch <= MAX_SIDE:
+        raise UsageError(f"--patch {arguments.patch} is outside 2 … {MAX_SIDE}.")
 
     from hidream.pictures import read_metadata, read_size, read_texts
 
@@ -32,10 +47,12 @@ def run(argv: list[str]) -> int:
     if note is not None:
         note = _without_files(note)
     other = _of_others(texts) if note is None else None
+    patch = arguments.patch or _patch_size(arguments.image, note) if arguments.analyse else None
+    seams = _seams(arguments.image, patch) if patch else None
     if arguments.json:
         picture = {"path": arguments.image, "width": width, "height": height, "bytes": num_bytes}
         found = {"metadata": note, "other": other, "digital_source_type": texts.source_type}
-        console.show({**picture, **found})
+        console.show({**picture, **found, **({"seams": seams} if seams else {})})
         return 0
     print(f"{arguments.image}: {width}x{height}, {console.size(num_bytes)}")
     if texts.source_type:
@@ -46,7 +63,59 @@ def run(argv: list[str]) -> int:
         _show_other(other)
     else:
         print("no settings of hidream in it")
+    if seams:
+        _show_seams(seams)
     return 0
+
+
+def _patch_size(image: str, note: Mapping[str, Any] | None) -> int:
+    """The patch of the model that made a picture, as its note says."""
+    from hidream.registry import SPECS
+
+    model = (note or {}).get("model")
+    model = model if isinstance(model, dict) else {}
+    size = model.get("patch_size")
+    if isinstance(size, int) and 2 <= size <= MAX_SIDE:
+        return size
+    for spec in SPECS.values():
+        if model.get("name") == spec.name:
+            return spec.patch_size
+    raise UsageError(
+        f"{image} does not say which model made it.",
+        "Give its patch: --patch 32 for O1, 16 for o1-nano.",
+    )
+
+
+def _seams(image: str, patch: int) -> dict[str, Any]:
+    """What `judges.seams` finds, as JSON values rounded to three places."""
+    from hidream.judges.seams import seams_of
+    from hidream.pictures import read_picture
+
+    found: dict[str, Any] = {"patch": patch}
+    for axis, seams in seams_of(read_picture(image), patch).items():
+        found[axis] = seams and {
+            "border": round(seams.border, 3),
+            "inside": round(seams.inside, 3),
+            "ratio": round(seams.ratio, 3),
+            "other_offsets": [round(value, 3) for value in seams.range],
+            "shows": seams.shows,
+        }
+    return found
+
+
+def _show_seams(seams: Mapping[str, Any]) -> None:
+    print(f"seams of patches of {seams['patch']} pixels (step across borders / inside patches):")
+    for axis, name in (("x", "between columns"), ("y", "between rows")):
+        found = seams[axis]
+        if found is None:
+            print(f"  {name:<20} the picture has no border there")
+            continue
+        low, high = found["other_offsets"]
+        print(
+            f"  {name:<20} {found['ratio']:.2f} = {found['border']:.2f} / {found['inside']:.2f} "
+            f"levels; other offsets {low:.2f} to {high:.2f}: "
+            f"{'more than any of them' if found['shows'] else 'normal'}"
+        )
 
 
 def _show_ours(image: str, note: Mapping[str, Any]) -> None:
@@ -67,6 +136,10 @@ def _show_ours(image: str, note: Mapping[str, Any]) -> None:
     references = request.get("references")
     num_references = len(references) if isinstance(references, list) else 0
     command = ("generate", "edit", "subject")[min(num_references, 2)]
+    if isinstance(sheet := request.get("sheet"), dict):
+        command = "storyboard"
+        if isinstance(panel := note.get("panel"), dict):
+            print(f"panel {_plain(panel.get('number'))} of {_plain(sheet.get('number'))} panels")
     print(f"make it again: hidream {command} --from {image} -o again.png")
 
 

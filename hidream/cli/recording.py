@@ -91,7 +91,13 @@ def note_of(
     note: dict[str, Any] = {
         NOTE: VERSION,
         "request": replace(request, seed=seed, num_images=1).to_dict(),
-        "model": {"name": spec.name, "repo": spec.repo, "variant": spec.variant, "digest": digest},
+        "model": {
+            "name": spec.name,
+            "repo": spec.repo,
+            "variant": spec.variant,
+            "patch_size": spec.patch_size,
+            "digest": digest,
+        },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "versions": {"hidream": __version__, "torch": torch.__version__},

@@ -58,8 +58,8 @@ def told_when_full(device: torch.device, policy: Policy, what: str) -> Iterator[
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not full and "allocate memory" not in text and "out of memory" not in text:
             raise
-        smaller = f"Use --memory {policy.smaller}, or ask" if policy.smaller else "Ask"
+        smaller = f", or use --memory {policy.smaller}" if policy.smaller else ""
         raise MemoryExceeded(
             f"{what} do not fit the memory of {device} under --memory {policy.name}.",
-            f"{smaller} for a smaller size or fewer pictures.",
+            f"Ask for a smaller size or fewer pictures{smaller}.",
         ) from error

@@ -24,6 +24,7 @@ from hidream.models.loading import tensor_shapes
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
+from hidream.outpainting import extend
 from hidream.pictures import read_mask, read_picture
 from hidream.pipelines.denoise import Counter, Job, Source, batch_key, denoise_batch
 from hidream.pipelines.devices import find_device, find_dtype, told_when_full
@@ -31,6 +32,7 @@ from hidream.pipelines.text import OnToken, TextOutput, write_texts
 from hidream.registry import Spec
 from hidream.request import GenerateRequest, resolve, warnings_of
 from hidream.sampling import dev_sigmas
+from hidream.sheet import blank
 from hidream.text_request import TextRequest
 
 log = logging.getLogger(__name__)
@@ -260,7 +262,6 @@ class Pipeline:
         """Read a request's pictures and LoRAs' headers, fill in its defaults, tokenise."""
         references = [read_picture(picture) for picture in asked.references]
         initial = read_picture(asked.init_image) if asked.init_image is not None else None
-        source = initial or (references[0] if asked.mask is not None else None)
         aspect_of = references[0] if len(references) == 1 else initial
         request = resolve(
             asked,
@@ -275,6 +276,7 @@ class Pipeline:
             curve = dev_sigmas(request.num_inference_steps)
             request = replace(request, sigmas=tuple(curve.tolist()[:-1]))
 
+        references, kept = _source(request, references, initial)
         tokenizer, config = self.tokenizer, self.model.config
         conditional = encode(
             tokenizer,
@@ -286,10 +288,6 @@ class Pipeline:
             layout=request.layout or (),
         )
         unconditional = with_prompt(conditional, tokenizer, config, request.negative_prompt)
-        kept = None
-        if source is not None:
-            mask = read_mask(request.mask, source.size) if request.mask is not None else None
-            kept = Source(_resized(source, request), mask and _resized(mask, request))
         layers = linear_layers(tensor_shapes(self.model)) if request.loras else {}
         loras = tuple(
             (read_lora(path, layers, request.model), scale) for path, scale in request.loras
@@ -319,6 +317,24 @@ def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
         most = batch_size(group[0].request.width, group[0].request.height)
         batches += [group[i : i + most] for i in range(0, len(group), most)]
     return batches
+
+
+def _source(
+    request: GenerateRequest, references: list[Image.Image], initial: Image.Image | None
+) -> tuple[list[Image.Image], Source | None]:
+    """The references as the model sees them, and what the result starts from or keeps."""
+    if request.sheet is not None:
+        return references, None if request.sheet.is_covered else Source(*blank(request.sheet))
+    source = initial
+    if source is None and (request.mask is not None or request.expand is not None):
+        source = references[0]
+    if source is None:
+        return references, None
+    mask = read_mask(request.mask, source.size) if request.mask is not None else None
+    if request.expand is not None:
+        source, mask = extend(source, request.expand, mask)
+        references = [source]
+    return references, Source(_resized(source, request), mask and _resized(mask, request))
 
 
 def _resized(picture: Image.Image, request: GenerateRequest) -> Image.Image:

@@ -186,10 +186,9 @@ def _moved(dice: Dice, objects: tuple[Object, ...], i: int) -> tuple[Object, str
     thing = objects[i]
     width, height = thing.extent
     side = dice.pick(("left", "right", "top", "bottom"))
-    gap = MARGIN + 0.01
     x, y = thing.x, thing.y
-    columns = lattice(gap + width / 2, 1 - gap - width / 2)
-    rows = lattice(gap + height / 2, 1 - gap - height / 2)
+    columns = lattice(MARGIN + width / 2, 1 - MARGIN - width / 2)
+    rows = lattice(MARGIN + height / 2, 1 - MARGIN - height / 2)
     if not columns or not rows:
         return None
     if side == "left":

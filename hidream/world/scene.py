@@ -56,10 +56,10 @@ RELATIONS = ("left", "right", "above", "below")
 
 #: Size name -> the size (a fraction of the picture's side).
 SIZES: dict[str, float] = {"small": 0.22, "medium": 0.31, "large": 0.43}
-#: Centres stand on a lattice of sixteenths. Together with three sizes it leaves every kind a dozen
-#: positions against the patches instead of thousands: what two cores can learn in two hours.
-LATTICE = 16
-MARGIN = 0.035  # between two objects, and between an object and the picture's edge
+#: Centres stand on a lattice of eighths. Together with three sizes it leaves every kind three ways
+#: to lie across the patches instead of thousands: what two cores can learn in two hours.
+LATTICE = 8
+MARGIN = 0.028  # between two objects, and between an object and the picture's edge
 HORIZON = 0.2  # the ground begins here: every object stands on it
 
 

@@ -21,8 +21,7 @@ def subject(dice: Dice, category: str | None) -> Sample:
         subjects.append(Subject(kind=kind, pattern=pattern, color=first, color2=second))
     low = {1: ("medium", "large"), 2: ("medium",), 3: ("medium",)}[count]
     parts = [
-        Part(kind=s.kind, color=s.color, subject=s, size=SIZES[dice.pick(low)])
-        for s in subjects
+        Part(kind=s.kind, color=s.color, subject=s, size=SIZES[dice.pick(low)]) for s in subjects
     ]
     nouns = [_subject_noun(dice, i, s, count) for i, s in enumerate(subjects)]
     if count == 1 and dice.chance(0.3):  # a plain object beside the subject

@@ -11,15 +11,15 @@ from hidream.world.sample import Sample
 from hidream.world.scene import BACKGROUNDS, RELATIONS, SIGN_STYLES, Dice
 
 _MIX = (  # what text_to_image draws from when no category is asked for
-    ("single", 0.08),
-    ("colors", 0.12),
+    ("single", 0.1),
+    ("colors", 0.15),
     ("two_objects", 0.08),
     ("position", 0.13),
     ("counting", 0.12),
     ("attribute_binding", 0.13),
-    ("words", 0.04),
-    ("related", 0.16),
-    ("free", 0.14),
+    ("words", 0.03),
+    ("related", 0.13),
+    ("free", 0.13),
 )
 
 _Plan = tuple[tuple[Part, ...], str]  # parts, relation between the first two ("" for none)

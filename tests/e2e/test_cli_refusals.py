@@ -102,6 +102,21 @@ FLAGS = [
     (["generate", "x", "--mask", "m.png"], 2, ["mask", "0 references"]),
     (["subject", "x"], 2, ["--ref"]),
     (["edit", "a.png"], 2, ["INSTRUCTION"]),
+    (["edit", "a.png", "x", "--expand", "1,2,3"], 2, ["--expand", '"1,2,3"', "LEFT,TOP"]),
+    (["edit", "a.png", "x", "--expand", "0,0,0,0"], 2, ["expand adds nothing"]),
+    (["edit", "a.png", "x", "--expand", "-5,0,0,0"], 2, ["expand=-5"]),
+    (["edit", "a.png", "x", "--expand", "16", "--init", "b.png"], 2, ["expand", "initial"]),
+    (["edit", "a.png", "x", "--expand", "16", "--keep-aspect"], 2, ["keep_aspect", "exclude"]),
+    (["generate", "x", "--expand", "16,0,0,0"], 2, ["expand", "0 references"]),
+    (["storyboard"], 2, ["SCRIPT"]),
+    (["storyboard", "none.txt"], 3, ["none.txt", "No such file"]),
+    (["storyboard", "a\0b"], 3, ["script", "cannot be read"]),
+    (["storyboard", "--from", "a.png", "--columns", "2"], 2, ["--columns needs the SCRIPT"]),
+    (["storyboard", "--from", "a.png", "--shot", "full"], 2, ["--shot needs the SCRIPT"]),
+    (["storyboard", "--from", "none.png"], 3, ["none.png", "does not exist"]),
+    (["info", "a.png", "--patch", "16"], 2, ["--patch", "--analyse"]),
+    (["info", "a.png", "--analyse", "--patch", "1"], 2, ["--patch 1", "2 … 8192"]),
+    (["info", "a.png", "--analyse", "--patch", "big"], 2, ["--patch", "big"]),
     (["describe"], 2, ["IMAGE"]),
     (["describe", "a.png", "b?", "c?"], 2, ['"c?"']),
     (["describe", "a.png", ""], 3, ["question is empty"]),
@@ -154,6 +169,12 @@ def input_cases(tmp: Path) -> list:
     (tmp / "boxes.json").write_text("{")
     (tmp / "nan.json").write_text("[[0, NaN, 0, 1]]")
     (tmp / "taken.png").write_bytes(b"")
+    (tmp / "two.txt").write_text("a star\na heart\n")
+    (tmp / "one.txt").write_text("a star")
+    (tmp / "latin.txt").write_bytes(b"caf\xe9\n\xff")
+    (tmp / "long.txt").write_text("x" * 1_000_001)
+    (tmp / "broken.json").write_text("[")
+    (tmp / "odd.json").write_text('{"panels": ["a", {"prompt": "b", "shot": "closup"}]}')
     sides = {"A": (2, 8), "B": (8, 2)}
     foreign = {f"blocks.0.lora_{side}.weight": np.zeros(shape) for side, shape in sides.items()}
     save_file(foreign, tmp / "foreign.safetensors")
@@ -164,6 +185,10 @@ def input_cases(tmp: Path) -> list:
     def box(text):
         return [*ref("good.png"), "--box", text]
 
+    def story(*flags, script="two.txt"):
+        return ["storyboard", str(tmp / script), *flags, "-o", str(tmp / "story.png")]
+
+    (tmp / "story2-panel2.png").write_bytes(b"")
     broken = tmp / "broken"
     broken.mkdir()
     model = ["generate", "x", "-m"]
@@ -208,6 +233,27 @@ def input_cases(tmp: Path) -> list:
         (["generate", "x", "-o", "/proc/nowhere/a.png"], 3, ["cannot write"]),
         (["generate", "x", "-o", str(tmp / ("n" * 300 + ".png"))], 3, ["cannot write"]),
         (["generate", "--from", good, "-o", str(tmp / "f.png")], 3, ["no settings"]),
+        (story(script="one.txt"), 3, ["2 … 64 panels", "has 1"]),
+        (story(script="latin.txt"), 3, ["latin.txt", "UTF-8"]),
+        (story(script="long.txt"), 3, ["long.txt", "1000000"]),
+        (story(script="."), 3, ["cannot be read"]),
+        (story(script="broken.json"), 3, ["not JSON"]),
+        (story(script="odd.json"), 3, ['panel 2: unknown shot "closup"', "close-up"]),
+        (story("--columns", "3"), 2, ["columns=3", "2 panels"]),
+        (story("--columns", "0"), 2, ["columns=0"]),
+        (story("--gutter", "5"), 2, ["gutter=5", "0 and 16"]),
+        (story("--gutter", "-16"), 2, ["gutter=-16"]),
+        (story("--panel", "40x32"), 2, ["width=40", "32 and 48"]),
+        (story("--panel", "big"), 2, ["--panel", "big"]),
+        (story("--panel", "32x32", "--size", "64x64"), 2, ["--panel and --size"]),
+        (story("--size", "64x64"), 2, ["height=64 does not part into 2 panels", "48 and 80"]),
+        (story("--mask", good, "--ref", good), 2, ["sheet of panels and mask"]),
+        (story("--shot", "closup"), 2, ["close-up"]),
+        ([*story()[:-1], str(tmp / "story2.png")], 3, ["story2-panel2.png exists"]),
+        (["storyboard", "--from", good], 3, ["no settings"]),
+        (["edit", good, "x", "--expand", "0,0,10,0"], 2, ["width=74", "--expand 0,0,16,0"]),
+        (["edit", good, "x", "--expand", "16", "--size", "64x64"], 2, ["with expand", "96x80"]),
+        (["info", good, "--analyse"], 2, ["which model", "--patch 32"]),
         (["info", str(tmp / "text.png")], 3, ["PNG, JPEG or WebP"]),
         (["describe", str(tmp / "cut.png")], 3, ["cut.png", "truncated"]),
         (["describe", good, "-m", str(tmp / "nowhere")], 4, ["nowhere", "does not exist"]),

@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 import hidream
-from hidream import limits
+from hidream import limits, outpainting
 from hidream.errors import InputError, ModelError, UsageError
 from hidream.models.o1.tokens import Tokenizer
 from hidream.pipelines import HiDreamPipeline, Output, Pipeline, load
 from hidream.pipelines import denoise as denoising
 from hidream.pipelines import pipeline as pipelines
 from hidream.request import GenerateRequest
+from hidream.sheet import Sheet
 from tests import tiny
 
 
@@ -492,6 +493,63 @@ def test_masks_are_scaled_with_their_source(pipe):
     small = source.resize((64, 64), Image.Resampling.LANCZOS)
     left = (0, 0, 24, 64)  # clear of the edge, which LANCZOS smears
     assert same(out.crop(left), small.crop(left))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "flash"])
+def test_outpainting_keeps_every_pixel_of_its_source(pipe, sampler):
+    source = tiny.picture(1, 37, 30)
+    out = pipe(request("more", references=(source,), expand=(9, 2, 18, 0), sampler=sampler))
+    (made,) = out.images
+    inner = (9, 2, 46, 32)
+    assert (out.request.width, out.request.height) == made.size == (64, 32)
+    assert same(made.crop(inner), source)
+    new = np.ones((32, 64), bool)
+    new[2:, 9:46] = False
+    assert (np.array(made)[new] != outpainting.GREY).any(-1).mean() > 0.9
+
+
+def test_outpainting_sees_its_source_on_the_canvas(pipe, source, seen):
+    given = request("more", references=(source,), expand=(0, 0, 16, 0))
+    held = pipe(given).images[0]
+    canvas = Image.new("RGB", (80, 64), outpainting.GREY)
+    canvas.paste(source)
+    mask = Image.new("L", (80, 64), 0)
+    mask.paste(255, (64, 0, 80, 64))
+    by_hand = request("more", references=(canvas,), mask=mask, width=80, height=64)
+    assert same(held, pipe(by_hand).images[0])
+    both = [given, request(width=80, height=64)]
+    assert tiny.levels(pipe(both)[0].images[0], held) <= 1
+
+
+def test_outpainting_with_a_mask_of_the_source(pipe, source, mask):
+    out = pipe(request("more", references=(source,), mask=mask, expand=(0, 16, 0, 0)))
+    inner = np.array(out.images[0].crop((0, 16, 64, 80)))
+    free = np.array(mask) == 255
+    assert np.array_equal(inner[~free], np.array(source)[~free])
+    assert (inner[free] != np.array(source)[free]).any(-1).mean() > 0.9
+
+
+def test_a_sheet_stays_white_between_its_panels(pipe, seen):
+    sheet = Sheet(number=3, columns=2, width=32, height=16)
+    out = pipe(request(sheet=sheet))
+    (made,) = out.images
+    assert made.size == out.request.sheet.size == (80, 48)
+    pixels = np.array(made)
+    panels = np.zeros((48, 80), bool)
+    for left, top, right, bottom in out.request.sheet.boxes:
+        panels[top:bottom, left:right] = True
+    assert (pixels[~panels] == 255).all()
+    assert (pixels[panels] != 255).any(-1).mean() > 0.9
+    assert same(pipe(GenerateRequest.from_dict(out.request.to_dict())).images[0], made)
+
+
+def test_panels_see_each_other_in_one_sequence(pipe, seen):
+    _, batches = seen
+    sheet = Sheet(number=2, columns=2, gutter=0, width=32, height=32)
+    out = pipe(request(sheet=sheet))
+    assert len(batches) == len(batches[0]) == 1
+    assert batches[0][0].source is None  # nothing has to stay white
+    assert same(out.images[0], pipe(request(width=64, height=32)).images[0])
 
 
 def test_image_to_image(pipe, source, seen):

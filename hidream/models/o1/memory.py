@@ -213,10 +213,13 @@ def check_fit(
     fitting = policy
     while fitting.smaller is not None and least(fitting) > room:
         fitting = POLICIES[fitting.smaller]
+    needed, there, at_a_time = (f"{n / 1e9:.1f}" for n in (least(policy), room, least(fitting)))
+    if least(fitting) > room:
+        raise MemoryExceeded(
+            f"--memory {policy.name} needs {needed} GB for weights alone; {device} has {there} GB.",
+            "Use a smaller model.",
+        )
     raise MemoryExceeded(
-        f"--memory {policy.name} needs {least(policy) / 1e9:.1f} GB for weights alone; "
-        f"{device} has {room / 1e9:.1f} GB.",
-        f"Use --memory {fitting.name}: {least(fitting) / 1e9:.1f} GB of weights at a time."
-        if least(fitting) <= room
-        else "Use a smaller model.",
+        f"--memory {policy.name} needs {needed} GB for weights alone; {device} has {there} GB.",
+        f"Use --memory {fitting.name}, which needs {at_a_time} GB for weights.",
     )
