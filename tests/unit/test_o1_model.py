@@ -223,7 +223,7 @@ def test_vision_tokens_take_the_placeholders(tiny_model, make):
     ids = torch.cat([t.input_ids for t in requests])
     embedded = tiny_model.model.language_model.embed_tokens(ids)
     slots = torch.cat([t.image_slots for t in requests]).nonzero()[:, 0]
-    hidden, deepstack = _place(embedded, slots, tiny_model._see(requests, embedded))
+    hidden, deepstack = _place(embedded, slots, tiny_model.see(requests))
     assert len(deepstack) == len(O1_TINY.vision.deepstack_layers)
     start = 0
     for tokens in requests:
