@@ -20,7 +20,6 @@ from torch import Tensor
 from hidream.errors import UsageError
 from hidream.models.o1.model import O1, Prefix
 from hidream.models.o1.tokens import Tokens
-from hidream.models.o1.vision import VisionTokens
 
 MAX_KEPT = 256 * 1024**2  # bytes
 

@@ -71,8 +71,7 @@ class Prefix:
         """All rows of several prefixes as one, in their order."""
         keys, values = (
             tuple(
-                tuple(row for rows in layer for row in rows)
-                for layer in zip(*parts, strict=True)
+                tuple(row for rows in layer for row in rows) for layer in zip(*parts, strict=True)
             )
             for parts in ([p.keys for p in prefixes], [p.values for p in prefixes])
         )
@@ -302,12 +301,13 @@ class O1(nn.Module):
 
     def see(self, requests: Sequence[Tokens]) -> VisionTokens | None:
         """The vision tower's tokens of all requests; pictures that some share are seen once."""
-        like = self.model.visual.pos_embed.weight
+        like = self.model.final_layer2.linear.weight
         seeing = [r for r in requests if r.image_grids]
         distinct = {id(r.pixel_values): r for r in seeing}
         if not distinct:
             return None
-        pixels = torch.cat([r.pixel_values for r in distinct.values()]).to(like)
+        pixels = torch.cat([r.pixel_values for r in distinct.values()])
+        pixels = pixels.to(device=like.device, dtype=like.dtype)
         vision = self.model.visual(pixels, [g for r in distinct.values() for g in r.image_grids])
         lengths = [int(r.image_slots.sum()) for r in distinct.values()]
 
