@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hidream.cli import console
 from hidream.cli.again import PICTURES, Again, merged, read_again, with_carried
 from hidream.cli.loading import check_memory, load_pipeline
+from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
-from hidream.errors import InputError, ModelError, UsageError
+from hidream.errors import ModelError, UsageError
 from hidream.folder import Folder, locate, open_folder
 from hidream.limits import batch_size
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
 from hidream.request import GenerateRequest, resolve, warnings_of
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 COUNTS = ("num_forwards", "num_prefills", "num_reused")  # of an Output, summed over batches
 
@@ -118,11 +115,11 @@ def _draw(
     counts: Counter[str] = Counter()
     seconds = 0.0
     try:
-        with stopped_by_ctrl_c() as token:
+        with stopped_by_ctrl_c() as token, Previews(arguments) as previews:
             for part, places in batches:
                 notes = partial(_notes, note, request, part.seeds)
-                previews = on_step(arguments, progress, places, notes)
-                output = pipe(part, on_step=previews, cancel=token)
+                on_step = previews.on_step(progress, places, notes)
+                output = pipe(part, on_step=on_step, cancel=token)
                 counts.update({name: getattr(output, name) for name in COUNTS})
                 seconds += output.timings["total"]
                 for image, seed, path in zip(output.images, output.seeds, places, strict=True):
@@ -235,55 +232,6 @@ def _batches(
     for start in range(0, len(seeds), most):
         part = seeds[start : start + most]
         yield replace(request, seed=part, num_images=len(part)), paths[start : start + most]
-
-
-def on_step(
-    arguments: argparse.Namespace,
-    progress: console.Progress,
-    paths: Sequence[Path],
-    notes: Callable[[], list[dict[str, Any] | None]],
-) -> Callable[[int, int, Callable[[], list[Image.Image]]], None]:
-    """What to do after a step: show it, and save previews beside `paths` where they are wanted.
-
-    `notes()` gives what the finished pictures will say of themselves; their previews say it too,
-    and of which step they are. Files that pictures carry are left out of previews.
-    """
-    from hidream.pictures import write_picture
-
-    every = arguments.preview_every
-
-    def told(step: int, num_steps: int, preview: Callable[[], list[Image.Image]]) -> None:
-        progress.step(step, num_steps)
-        if not every or step % every or step == num_steps:
-            return
-        for image, path, note in zip(preview(), paths, notes(), strict=True):
-            if note is not None:
-                note = {key: value for key, value in note.items() if key != "embedded"}
-                note["preview"] = {"step": step, "num_steps": num_steps}
-            place = _preview_path(path, step)
-            write_picture(image, place, note, overwrite=arguments.overwrite, quick=True)
-
-    return told
-
-
-def check_previews(
-    arguments: argparse.Namespace, paths: Sequence[Path], request: GenerateRequest
-) -> None:
-    """Raises InputError where a preview would be written over a file."""
-    every = arguments.preview_every
-    if not every or arguments.overwrite:
-        return
-    for path in paths:
-        for step in range(every, request.num_inference_steps or 0, every):
-            if os.path.lexists(place := _preview_path(path, step)):
-                raise InputError(
-                    f"the preview {place} exists.",
-                    "Overwrite it with --overwrite, or choose another -o.",
-                )
-
-
-def _preview_path(path: Path, step: int) -> Path:
-    return path.with_name(f"{path.stem}-step{step:04d}{path.suffix}")
 
 
 def _notes(

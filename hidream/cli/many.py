@@ -16,12 +16,11 @@ from hidream.cli.drawing import (
     COUNTS,
     check_loras,
     check_pictures,
-    check_previews,
     find_model,
-    on_step,
     variant_is_assumed,
 )
 from hidream.cli.loading import load_pipeline
+from hidream.cli.previews import Previews, check_previews
 from hidream.cli.prompt_file import Line, located, read_prompt_file
 from hidream.cli.recording import Inputs, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
@@ -78,8 +77,9 @@ def draw_many(
                 f"{name} and --prompt-file both say what to draw.", "Leave one of them out."
             )
     lines = read_prompt_file(arguments.prompt_file)
-    model = _model(arguments.model, lines)
-    spec, path, missing = find_model(model, arguments.variant)
+    model, where = _model(arguments.model, lines)
+    with located(where):
+        spec, path, missing = find_model(model, arguments.variant)
     told = Told()
     if path is not None and arguments.variant is None and variant_is_assumed(spec, path):
         told.add("", [f"{path} does not say its variant: full is assumed (--variant dev)."])
@@ -103,17 +103,21 @@ def draw_many(
     return _draw(arguments, model, orders, told, folder)
 
 
-def _model(chosen: str | None, lines: Sequence[Line]) -> str:
-    """The one model of a run: the flag's, or the one that all lines with a `model` name."""
+def _model(chosen: str | None, lines: Sequence[Line]) -> tuple[str, str]:
+    """The one model of a run and where it stands: in the flag, or in lines that all name it."""
+    found = (chosen, "")
     for line in lines:
         named = line.fields.get("model")
-        if named is not None and str(named) != (chosen or str(named)):
+        if named is None:
+            continue
+        if found[0] is None:
+            found = (str(named), line.where)
+        elif str(named) != found[0]:
             raise UsageError(
-                f"{line.where}: this asks for the model {named}, the run has {chosen}.",
+                f"{line.where}: this asks for the model {named}, the run has {found[0]}.",
                 "Draw with one model at a time.",
             )
-        chosen = chosen or (str(named) if named else None)
-    return chosen or DEFAULT_MODEL
+    return found[0] or DEFAULT_MODEL, found[1]
 
 
 def _asked(
@@ -255,11 +259,11 @@ def _draw(
     seconds = 0.0
     paths = {path: number for number, order in enumerate(orders) for path in order.paths}
     try:
-        with stopped_by_ctrl_c() as token:
+        with stopped_by_ctrl_c() as token, Previews(arguments) as previews:
             for batch in found:
                 places = [path for part in batch for path in part.paths]
-                previews = on_step(arguments, progress, places, partial(notes, batch))
-                outputs = pipe([part.request for part in batch], on_step=previews, cancel=token)
+                on_step = previews.on_step(progress, places, partial(notes, batch))
+                outputs = pipe([part.request for part in batch], on_step=on_step, cancel=token)
                 counts.update({name: getattr(outputs[0], name) for name in COUNTS})
                 seconds += outputs[0].timings["total"]
                 for part, output in zip(batch, outputs, strict=True):

@@ -50,10 +50,12 @@ def read_prompt_file(path: str) -> list[Line]:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Errors inside name the place; what no check foresaw in a line's JSON is an InputError."""
+    """Errors inside name the place, if it has a name; what no check foresaw is an InputError."""
     try:
         yield
     except HidreamError as error:
+        if not where:
+            raise
         raise type(error)(f"{where}: {error.problem}", error.remedy) from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: a field is not usable: {error}.") from error
