@@ -25,8 +25,8 @@ class Again:
     """What a picture says of how it was made; without --from all of it is empty.
 
     `fields` are the request's, without the model and without what is None. `carried` holds the
-    files of pictures that lie inside the picture. `digest` is the model's. `warnings` were told
-    when it was made.
+    files of pictures that lie inside the picture. `digest` is the model's. `preview`: it shows a
+    step on the way. `warnings` were told when it was made.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -37,6 +37,7 @@ class Again:
     dtype: str | None = None
     device: str | None = None
     torch: str | None = None
+    preview: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -77,6 +78,7 @@ def read_again(picture: str, given: Mapping[str, Any]) -> Again:
         dtype=DTYPES.get(_text(note, "dtype") or ""),
         device=_text(note, "device"),
         torch=_text(versions, "torch"),
+        preview="preview" in note,
         warnings=warnings_of(own, own),
     )
 
