@@ -70,12 +70,13 @@ class Previews:
     def _save(self, image: Image.Image, path: Path, note: Note, step: int, num_steps: int) -> None:
         from hidream.pictures import write_picture
 
+        own = None
         if note is not None:
-            note = {key: value for key, value in note.items() if key != "embedded"}
-            note["preview"] = {"step": step, "num_steps": num_steps}
+            own = {key: value for key, value in note.items() if key != "embedded"}
+            own["preview"] = {"step": step, "num_steps": num_steps}
         self._settle(MAX_WAITING)
         saving = self._writer.submit(
-            write_picture, image, _place(path, step), note, overwrite=self.overwrite, quick=True
+            write_picture, image, _place(path, step), own, overwrite=self.overwrite, quick=True
         )
         self._waiting.append(saving)
 
