@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GenerateRequest", "HiDreamPipeline", "TextRequest", "__version__", "load"]
+__all__ = [
+    "CancelToken",
+    "GenerateRequest",
+    "HiDreamPipeline",
+    "TextRequest",
+    "__version__",
+    "load",
+]
 
 if TYPE_CHECKING:
+    from hidream.cancel import CancelToken
     from hidream.pipelines import HiDreamPipeline, load
     from hidream.request import GenerateRequest
     from hidream.text_request import TextRequest
 
 _HOMES = {
+    "CancelToken": "hidream.cancel",
     "load": "hidream.pipelines",
     "HiDreamPipeline": "hidream.pipelines",
     "GenerateRequest": "hidream.request",

@@ -44,3 +44,9 @@ class MemoryExceeded(HidreamError):
     """The request does not fit the memory of the device."""
 
     exit_code = 5
+
+
+class Cancelled(HidreamError):
+    """The caller's token ended the call; see `hidream.cancel`."""
+
+    exit_code = 130

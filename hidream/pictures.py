@@ -145,17 +145,21 @@ def write_picture(
     metadata: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    quick: bool = False,
 ) -> None:
     """Write a picture whole or not at all: beside its place, synced, then renamed.
 
     `metadata` is the note that `hidream.metadata` puts into it. Nothing else that a picture brings
-    along from its source goes out with it, except its colour profile.
+    along from its source goes out with it, except its colour profile. `quick`, for previews, does
+    not wait for the disk and packs a PNG less tightly.
 
     Raises:
         InputError: the file exists and may not be overwritten, or cannot be written.
     """
     kind = SUFFIXES[path.suffix.lower()]
-    options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
+    options: dict[str, Any] = {"quality": 95}
+    if kind == "PNG":
+        options = {"compress_level": 1} if quick else {}
     profile = image.info.get("icc_profile") or b""
     if profile[16:20] == b"RGB ":
         options["icc_profile"] = profile
@@ -170,7 +174,8 @@ def write_picture(
         with open(temporary, "xb") as file:
             image.save(file, kind, **options)
             file.flush()
-            os.fsync(file.fileno())
+            if not quick:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}.") from error
@@ -178,17 +183,19 @@ def write_picture(
         temporary.unlink(missing_ok=True)
 
 
-def plan_outputs(template: str, seeds: Sequence[int]) -> tuple[Path, ...]:
+def plan_outputs(
+    template: str, seeds: Sequence[int], *, default: str = "out-{seed}.png", mark: str = "{seed}"
+) -> tuple[Path, ...]:
     """Where each picture goes, one a seed.
 
-    `{seed}` and `{index}` (from 0) are filled in; several pictures without either get `-SEED`
-    before the suffix; a folder gets `out-{seed}.png` in it; no suffix means `.png`.
+    `{seed}` and `{index}` (from 0) are filled in; several pictures without either get `-` and the
+    `mark` before the suffix; a folder gets the `default` in it; no suffix means `.png`.
 
     Raises:
         UsageError: an unknown kind of file, or two pictures in one place.
     """
     if template.endswith(("/", os.sep)) or _is_folder(template):
-        template = os.path.join(template, "out-{seed}.png")
+        template = os.path.join(template, default)
     path = Path(template).expanduser()
     if not path.suffix or "{" in path.suffix:
         path = path.with_name(path.name + ".png")
@@ -198,7 +205,7 @@ def plan_outputs(template: str, seeds: Sequence[int]) -> tuple[Path, ...]:
             ".webp."
         )
     if len(seeds) > 1 and "{seed}" not in str(path) and "{index}" not in str(path):
-        path = path.with_name(f"{path.stem}-{{seed}}{path.suffix}")
+        path = path.with_name(f"{path.stem}-{mark}{path.suffix}")
     paths = tuple(
         Path(str(path).replace("{seed}", str(seed)).replace("{index}", str(index)))
         for index, seed in enumerate(seeds)

@@ -26,7 +26,8 @@ class Again:
 
     `fields` are the request's, without the model and without what is None. `carried` holds the
     files of pictures that lie inside the picture. `digest` is the model's. `weights` names the
-    memory policy where it changes pixels. `warnings` were told when it was made.
+    memory policy where it changes pixels. `preview`: it shows a step on the way. `warnings` were
+    told when it was made.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Again:
     weights: str | None = None
     device: str | None = None
     torch: str | None = None
+    preview: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -79,6 +81,7 @@ def read_again(picture: str, given: Mapping[str, Any]) -> Again:
         weights=_text(note, "weights"),
         device=_text(note, "device"),
         torch=_text(versions, "torch"),
+        preview="preview" in note,
         warnings=warnings_of(own, own),
     )
 

@@ -174,6 +174,15 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
         later.add_argument(f"--{name}", type=float, metavar="F", **unset)
 
 
+def add_prompt_file(parser: argparse.ArgumentParser) -> None:
+    """--prompt-file, None where it is not given."""
+    parser.add_argument_group("many requests").add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="a line is a prompt, or JSON with a request's fields, which win over the flags",
+    )
+
+
 def add_text(parser: argparse.ArgumentParser) -> None:
     """How a text is written: fields of a TextRequest, absent where they are not given."""
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -218,9 +227,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-o",
         "--output",
-        default="out-{seed}.png",
+        default=None,
         metavar="FILE",
-        help="may hold {seed} and {index}; .png, .jpg or .webp (default out-{seed}.png)",
+        help="may hold {seed} and {index}; .png, .jpg or .webp (default out-{seed}.png, or "
+        "out-{index}-{seed}.png of a prompt file)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace existing files")
     group.add_argument(

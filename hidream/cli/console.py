@@ -61,13 +61,12 @@ def show_compact(result: Any) -> None:
 class Progress:
     """Steps done, time left, on stderr: one line rewritten on a terminal, else one a second.
 
-    `num_rounds` batches of equally many steps follow each other.
+    `num_rounds` batches follow each other, each taken to last as long as those before it.
     """
 
     def __init__(self, num_rounds: int) -> None:
         self.num_rounds = num_rounds
         self.round = 0
-        self.done = 0
         self.start = time.perf_counter()
         self.said = -1.0
         self.live = sys.stderr is not None and sys.stderr.isatty()
@@ -75,9 +74,9 @@ class Progress:
     def step(self, step: int, num_steps: int) -> None:
         """After each step, 1 … num_steps, of the current round."""
         self.round += step == 1
-        self.done += 1
         passed = time.perf_counter() - self.start
-        left = passed / self.done * max(0, self.num_rounds * num_steps - self.done)
+        rounds_done = self.round - 1 + step / num_steps
+        left = passed * max(0, self.num_rounds / rounds_done - 1)
         last = step == num_steps
         if not (self.live or last or passed - self.said >= 1 or self.said < 0):
             return
@@ -88,5 +87,5 @@ class Progress:
         say(f"\r\x1b[K{text}" if self.live else text, end="" if self.live else "\n")
 
     def close(self) -> None:
-        if self.live and self.done:
+        if self.live and self.round:
             say("")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hidream.cli import console
 from hidream.cli.again import PICTURES, Again, merged, read_again, with_carried
 from hidream.cli.loading import check_memory, load_pipeline
+from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
+from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
 from hidream.folder import Folder, locate, open_folder
 from hidream.limits import batch_size
@@ -20,9 +24,9 @@ from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
 from hidream.request import GenerateRequest, resolve, warnings_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from hidream.cli.storyboard import Board
+
+COUNTS = ("num_forwards", "num_prefills", "num_reused")  # of an Output, summed over batches
 
 
 def draw(
@@ -38,16 +42,22 @@ def draw(
     torch is imported, and weights are read, only after all of them. `needs_reference` tells how
     to give the picture that the command cannot do without. `board` cuts each picture into panels.
     """
-    _refuse_for_now(arguments)
+    refuse_for_now(arguments)
+    if getattr(arguments, "prompt_file", None) is not None:
+        from hidream.cli.many import draw_many
+
+        return draw_many(arguments, given, needs_reference=needs_reference)
     warnings: list[str] = []
     picture = arguments.from_picture
     again = read_again(picture, given) if picture else Again()
     model, asked = _request(arguments, given, again, warnings)
+    if again.preview:
+        warnings.append(f"{picture} is a preview: the whole picture is made.")
     if needs_reference and not asked.references:
         raise UsageError("there is no reference picture.", needs_reference)
     _settle(arguments, again, same_model=model == again.model)
-    spec, folder, missing = _find(model, arguments.variant)
-    if folder is not None and arguments.variant is None and _variant_is_assumed(spec, folder):
+    spec, folder, missing = find_model(model, arguments.variant)
+    if folder is not None and arguments.variant is None and variant_is_assumed(spec, folder):
         warnings.append(f"{folder} does not say its variant: full is assumed (--variant dev).")
     defaults = spec.defaults_for(asked.task)
     draft = resolve(asked, defaults, spec.patch_size)
@@ -55,7 +65,7 @@ def draw(
 
     from hidream import pictures  # numpy and Pillow: not needed for what the flags decide
 
-    paths = pictures.plan_outputs(arguments.output, draft.seeds)
+    paths = pictures.plan_outputs(arguments.output or "out-{seed}.png", draft.seeds)
     inputs = Inputs()
     if not arguments.no_metadata:
         inputs = read_inputs(asked, again.carried, embed=arguments.embed_inputs)
@@ -66,13 +76,14 @@ def draw(
         num_bytes=(draft.width or 0) * (draft.height or 0) * 3 + 65_536 + inputs.num_bytes,
         make_folders=not arguments.dry_run,
     )
-    source_size = _check_pictures(with_carried(asked, again.carried), warnings)
+    check_previews(arguments, paths, draft)
+    source_size = check_pictures(with_carried(asked, again.carried), warnings)
     request = replace(
         resolve(asked, defaults, spec.patch_size, source_size=source_size), model=spec.name
     )
     warnings += [told for told in warnings_of(asked, request) if told not in again.warnings]
     opened = open_folder(folder) if folder is not None else None
-    _check_loras(request, opened, warnings)
+    check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
         raise missing
     for warning in warnings:
@@ -111,24 +122,27 @@ def _draw(
     batches = list(_batches(with_carried(request, again.carried), paths))
     progress = console.Progress(len(batches))
     saved: list[dict[str, Any]] = []
-    num_forwards, seconds = 0, 0.0
+    counts: Counter[str] = Counter()
+    seconds = 0.0
     try:
-        for part, places in batches:
-            on_step = _on_step(progress, places, arguments.preview_every)
-            output = pipe(part, on_step=on_step)
-            num_forwards += output.num_forwards
-            seconds += output.timings["total"]
-            for image, seed, path in zip(output.images, output.seeds, places, strict=True):
-                written = note(output.request, seed)
-                if board and written:
-                    written = board.sheet_note(written)
-                write_picture(image, path, written, overwrite=arguments.overwrite)
-                saved.append({"path": str(path), "seed": seed})
-                if board:
-                    cut = board.save(image, path, output.request, written, arguments.overwrite)
-                    saved[-1]["panels"] = cut
-                if not arguments.json:
-                    print(path, *saved[-1].get("panels", ()), sep="\n", flush=True)
+        with stopped_by_ctrl_c() as token, Previews(arguments) as previews:
+            for part, places in batches:
+                notes = partial(_notes, note, request, part.seeds)
+                on_step = previews.on_step(progress, places, notes)
+                output = pipe(part, on_step=on_step, cancel=token)
+                counts.update({name: getattr(output, name) for name in COUNTS})
+                seconds += output.timings["total"]
+                for image, seed, path in zip(output.images, output.seeds, places, strict=True):
+                    written = note(output.request, seed)
+                    if board and written:
+                        written = board.sheet_note(written)
+                    write_picture(image, path, written, overwrite=arguments.overwrite)
+                    saved.append({"path": str(path), "seed": seed})
+                    if board:
+                        cut = board.save(image, path, output.request, written, arguments.overwrite)
+                        saved[-1]["panels"] = cut
+                    if not arguments.json:
+                        print(path, *saved[-1].get("panels", ()), sep="\n", flush=True)
     finally:
         progress.close()
     if arguments.json:
@@ -139,14 +153,14 @@ def _draw(
                 "model": request.model,
                 "device": str(pipe.device),
                 "seconds": round(seconds, 3),
-                "num_forwards": num_forwards,
+                **counts,
                 "warnings": list(warnings),
             }
         )
     return 0
 
 
-def _refuse_for_now(arguments: argparse.Namespace) -> None:
+def refuse_for_now(arguments: argparse.Namespace) -> None:
     if arguments.embed_inputs and arguments.no_metadata:
         raise UsageError("--embed-inputs and --no-metadata exclude each other.", "Leave one out.")
     check_memory(arguments)
@@ -183,7 +197,7 @@ def _warn(text: str, warnings: list[str]) -> None:
     warnings.append(text)
 
 
-def _find(model: str, variant: str | None) -> tuple[Spec, Path | None, ModelError | None]:
+def find_model(model: str, variant: str | None) -> tuple[Spec, Path | None, ModelError | None]:
     """Spec and folder; for a published model that is not here, its Spec and what to say later."""
     try:
         return *locate(model, variant=variant), None
@@ -194,11 +208,11 @@ def _find(model: str, variant: str | None) -> tuple[Spec, Path | None, ModelErro
         return find(model), None, error
 
 
-def _variant_is_assumed(spec: Spec, folder: Path) -> bool:
+def variant_is_assumed(spec: Spec, folder: Path) -> bool:
     return spec.name not in SPECS and not (folder / "hidream.json").exists()
 
 
-def _check_pictures(request: GenerateRequest, warnings: list[str]) -> tuple[int, int] | None:
+def check_pictures(request: GenerateRequest, warnings: list[str]) -> tuple[int, int] | None:
     """Read every picture once to find what is wrong; returns the size whose aspect may be kept."""
     from hidream.pictures import mask_warning, read_mask, read_picture
 
@@ -215,7 +229,7 @@ def _check_pictures(request: GenerateRequest, warnings: list[str]) -> tuple[int,
     return sizes[0] if len(sizes) == 1 else initial
 
 
-def _check_loras(request: GenerateRequest, folder: Folder | None, warnings: list[str]) -> None:
+def check_loras(request: GenerateRequest, folder: Folder | None, warnings: list[str]) -> None:
     """Find every LoRA, and match its layers with the model's where the model is here."""
     from hidream.lora_file import find_lora, linear_layers, read_lora
 
@@ -232,24 +246,18 @@ def _batches(
 ) -> Iterator[tuple[GenerateRequest, Sequence[Path]]]:
     """The request in parts that are drawn together, so that finished pictures are saved."""
     most, seeds = batch_size(request.width or 1, request.height or 1), request.seeds
+    most = 1 if request.deterministic else most
     for start in range(0, len(seeds), most):
         part = seeds[start : start + most]
         yield replace(request, seed=part, num_images=len(part)), paths[start : start + most]
 
 
-def _on_step(
-    progress: console.Progress, paths: Sequence[Path], preview_every: int | None
-) -> Callable[[int, int, Callable[[], list[Image.Image]]], None]:
-    from hidream.pictures import write_picture
-
-    def on_step(step: int, num_steps: int, preview: Callable[[], list[Image.Image]]) -> None:
-        progress.step(step, num_steps)
-        if preview_every and step % preview_every == 0 and step < num_steps:
-            for image, path in zip(preview(), paths, strict=True):
-                place = path.with_name(f"{path.stem}-step{step:04d}{path.suffix}")
-                write_picture(image, place, overwrite=True)
-
-    return on_step
+def _notes(
+    note: Callable[[GenerateRequest, int], dict[str, Any] | None],
+    request: GenerateRequest,
+    seeds: Sequence[int],
+) -> list[dict[str, Any] | None]:
+    return [note(request, seed) for seed in seeds]
 
 
 def _dry_run(

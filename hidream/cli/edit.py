@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from hidream.cli.arguments import Parser, add_model, add_output, add_request, request_fields
+from hidream.cli.arguments import (
+    Parser,
+    add_model,
+    add_output,
+    add_prompt_file,
+    add_request,
+    request_fields,
+)
 from hidream.cli.drawing import draw
 
 EXAMPLES = """\
 hidream edit cube.png "make the cube green" -o green.png
 hidream edit photo.jpg "remove the car" --mask car.png --size 1024x1024
 hidream edit photo.jpg "more of the beach" --expand 256,0,256,0 --snap nearest
+hidream edit cube.png --prompt-file changes.txt -o 'cube-{index}.png'
 hidream edit --from green.png -o again.png
 hidream edit other.png --from green.png -o other-green.png"""
 
@@ -25,10 +33,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="the picture to change")
     parser.add_argument("prompt", nargs="?", metavar="INSTRUCTION", help="what to change")
     add_request(parser, with_references=False)
+    add_prompt_file(parser)
     add_model(parser)
     add_output(parser)
     arguments = parser.parse(argv)
-    if arguments.prompt is None and not arguments.from_picture:
+    if arguments.prompt is None and not arguments.from_picture and not arguments.prompt_file:
         missing = "INSTRUCTION" if arguments.image else "IMAGE, INSTRUCTION"
         parser.error(f"the following arguments are required: {missing}")
     given = request_fields(arguments)

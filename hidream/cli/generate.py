@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from hidream.cli.arguments import Parser, add_model, add_output, add_request, request_fields
+from hidream.cli.arguments import (
+    Parser,
+    add_model,
+    add_output,
+    add_prompt_file,
+    add_request,
+    request_fields,
+)
 from hidream.cli.drawing import draw
 
 EXAMPLES = """\
 hidream generate "a red cube left of a blue sphere" --seed 7 -o cube.png
 hidream generate "two green stars" --num-images 4 -o 'stars-{seed}.png'
+hidream generate --prompt-file prompts.txt -o 'pictures/{index}.png'
 hidream generate --from cube.png -o again.png
 hidream generate "a cat in the snow" -m ./HiDream-O1-Image-Dev --variant dev --dry-run"""
 
@@ -21,6 +29,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
     add_request(parser)
+    add_prompt_file(parser)
     add_model(parser)
     add_output(parser)
     arguments = parser.parse(argv)

@@ -124,6 +124,10 @@ def _show_ours(image: str, note: Mapping[str, Any]) -> None:
     for name, value in request.items():
         if value not in (None, [], "off", False):
             print(f"  {_plain(name):<20} {_plain(value)}")
+    preview = note.get("preview")
+    if isinstance(preview, dict):
+        told = f"of step {preview.get('step')} of {preview.get('num_steps')}"
+        print(f"  {'preview':<20} {_plain(told)}")
     model, embedded = note.get("model"), note.get("embedded")
     if isinstance(model, dict) and model.get("digest"):
         print(f"  {'model digest':<20} {_plain(model['digest'])}")

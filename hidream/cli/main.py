@@ -11,7 +11,7 @@ from types import FrameType
 
 from hidream import __version__
 from hidream.cli.console import INTERRUPTED, say, use_any_text
-from hidream.errors import HidreamError, MemoryExceeded, UsageError
+from hidream.errors import Cancelled, HidreamError, MemoryExceeded, UsageError
 from hidream.registry import nearest
 
 # command -> (module with `run(argv) -> int`, what it does)
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except HidreamError as error:
-        return _complain(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Cancelled):
         say("interrupted.")
         return INTERRUPTED
+    except HidreamError as error:
+        return _complain(error)
     except BrokenPipeError:
         # Nobody reads any more; what was asked for is done. Python flushes stdout once again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from hidream.cli.arguments import Parser, add_model, add_output, add_request, request_fields
+from hidream.cli.arguments import (
+    Parser,
+    add_model,
+    add_output,
+    add_prompt_file,
+    add_request,
+    request_fields,
+)
 from hidream.cli.drawing import draw
 
 EXAMPLES = """\
@@ -20,6 +27,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
     add_request(parser)
+    add_prompt_file(parser)
     add_model(parser)
     add_output(parser)
     arguments = parser.parse(argv)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from hidream import sampling
+from hidream.cancel import CancelToken
 from hidream.lora_file import LoraFile
 from hidream.models.o1.model import O1, Prefix
 from hidream.models.o1.patches import patchify, to_picture, to_tensor, unpatchify
 from hidream.models.o1.tokens import Tokens
+from hidream.pipelines.prefixes import Counter, Prefixes
 from hidream.request import GenerateRequest
 
 
@@ -43,13 +46,6 @@ class Job:
     unconditional: Tokens
     source: Source | None = None
     loras: tuple[tuple[LoraFile, float], ...] = ()
-
-
-@dataclass
-class Counter:
-    """Calls of the network."""
-
-    num_forwards: int = field(default=0)
 
 
 def batch_key(request: GenerateRequest) -> tuple:
@@ -87,11 +83,15 @@ def denoise_batch(
     *,
     counter: Counter,
     on_step: Callable[[int, int, Callable[[], list[Image.Image]]], object] | None = None,
+    prefixes: Prefixes | None = None,
+    cancel: CancelToken | None = None,
 ) -> list[Image.Image]:
     """The pictures of `jobs`, whose `batch_key`s are equal.
 
     `on_step(step, num_steps, preview)` is called after each step (1 … num_steps); `preview()`
-    gives the pictures as the model expects them now. What it raises ends the work.
+    gives the pictures as the model expects them now. What it raises ends the work. `prefixes`
+    holds those of earlier batches. `cancel` is looked at before every layer of every call of the
+    network and after the last step; then Cancelled is raised.
     """
     request = jobs[0].request
     patch_size, grid = model.config.patch_size, jobs[0].tokens.grid
@@ -104,7 +104,7 @@ def denoise_batch(
         return patchify(sampling.step_noise(seeds, step, shape), patch_size).to(device)
 
     noise = patchify(sampling.initial_noise(seeds, shape), patch_size).to(device)
-    denoise = _guided(model, jobs, counter)
+    denoise = _guided(model, jobs, counter, prefixes or Prefixes(0), cancel)
     x_t = request.noise_scale * noise
     if any(job.source for job in jobs):
         sources, changeable = _sources(jobs, patch_size, device)
@@ -124,26 +124,43 @@ def denoise_batch(
             noise_clip_std=request.noise_clip_std or 0.0,
         )
     x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report)
+    if cancel is not None:
+        cancel.check()
     return _pictures(x0, jobs, grid, patch_size)
 
 
-def _guided(model: O1, jobs: Sequence[Job], counter: Counter) -> sampling.Denoise:
-    """The jobs' velocity: each distinct prompt's prefix is computed once, both branches at once."""
+def _guided(
+    model: O1,
+    jobs: Sequence[Job],
+    counter: Counter,
+    prefixes: Prefixes,
+    cancel: CancelToken | None,
+) -> sampling.Denoise:
+    """The jobs' velocity, both branches at once; each distinct prompt's prefix is read once."""
     request = jobs[0].request
-    conditional, rows = _distinct([job.tokens for job in jobs])
+    guided = request.guidance_scale > 1
+    # Only where it is asked for: whoever stands in for the network need not know of it.
+    on_layer: dict[str, Any] = {} if cancel is None else {"on_layer": cancel.check}
 
     def velocity(x_t: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
         counter.num_forwards += 1
-        return model.velocity(x_t, sigma, prefix)
+        return model.velocity(x_t, sigma, prefix, **on_layer)
 
-    if request.guidance_scale <= 1:
-        prefix = model.prefill(conditional).take(rows)
-        return lambda x_t, sigma: velocity(x_t, sigma, prefix)
-
-    unconditional, more_rows = _distinct([job.unconditional for job in jobs])
-    prefixes = model.prefill([*conditional, *unconditional])
-    alone = prefixes.take(rows)
-    together = prefixes.take([*rows, *(len(conditional) + row for row in more_rows)])
+    branches = [job.tokens for job in jobs]
+    if guided:
+        branches += [job.unconditional for job in jobs]
+    distinct, rows = _distinct(branches)
+    prefix = prefixes.read(
+        model,
+        distinct,
+        loras=tuple((file.path, file.stamp, scale) for file, scale in jobs[0].loras),
+        counter=counter,
+        on_prefill=None if cancel is None else cancel.check,
+    )
+    alone = prefix.take(rows[: len(jobs)])
+    if not guided:
+        return lambda x_t, sigma: velocity(x_t, sigma, alone)
+    together = prefix.take(rows)
 
     def both(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         v_cond, v_uncond = velocity(torch.cat([x_t, x_t]), sigma, together).chunk(2)

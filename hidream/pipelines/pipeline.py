@@ -15,6 +15,7 @@ from typing import Any, overload
 import torch
 from PIL import Image
 
+from hidream.cancel import CancelToken
 from hidream.errors import UsageError
 from hidream.folder import locate
 from hidream.limits import batch_size
@@ -26,8 +27,9 @@ from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.outpainting import extend
 from hidream.pictures import read_mask, read_picture
-from hidream.pipelines.denoise import Counter, Job, Source, batch_key, denoise_batch
+from hidream.pipelines.denoise import Job, Source, batch_key, denoise_batch
 from hidream.pipelines.devices import find_device, find_dtype, told_when_full
+from hidream.pipelines.prefixes import MAX_KEPT, Counter, Prefixes
 from hidream.pipelines.text import OnToken, TextOutput, write_texts
 from hidream.registry import Spec
 from hidream.request import GenerateRequest, resolve, warnings_of
@@ -46,7 +48,8 @@ class Output:
 
     `request` is the request as it was run, nothing left out; `seeds` has one for each picture.
     `timings` are seconds. `num_forwards` counts calls of the network, also those whose batch held
-    pictures of other requests.
+    pictures of other requests. So do `num_prefills`, the prompts that had to be read (the
+    unconditional branch's is one), and `num_reused`, those that an earlier batch or call had read.
     """
 
     images: list[Image.Image]
@@ -54,6 +57,8 @@ class Output:
     seeds: tuple[int, ...]
     timings: Mapping[str, float]
     num_forwards: int
+    num_prefills: int = 0
+    num_reused: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -64,12 +69,15 @@ def load(
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
     variant: str | None = None,
+    prefix_bytes: int = MAX_KEPT,
 ) -> Pipeline:
     """A model ready to be called.
 
     `model`: a name ("o1-nano"), a hub id, or a folder in the published layout. `device`: auto,
     cpu, cuda or mps. `dtype`: fp32 on a CPU and bf16 elsewhere unless given. `variant` ("full",
-    "dev") is for published folders without a `hidream.json`.
+    "dev") is for published folders without a `hidream.json`. `prefix_bytes`: how much of the
+    prompts and references that were read may stay in the device's memory for later calls; 0
+    keeps nothing.
 
     `memory` is one of `hidream.memory.POLICIES`; "auto" keeps everything on the device.
 
@@ -77,6 +85,7 @@ def load(
     MemoryExceeded where the device cannot hold the weights.
     """
     policy = find_policy(memory)
+    prefixes = Prefixes(prefix_bytes)
     chosen_device = find_device(device)
     chosen_dtype = find_dtype(dtype, chosen_device)
     spec, folder = locate(str(model), variant=variant)
@@ -86,23 +95,27 @@ def load(
         network, tokenizer = load_weights(
             folder, device=chosen_device, dtype=chosen_dtype, memory=policy
         )
-    return Pipeline(spec, network, tokenizer)
+    return Pipeline(spec, network, tokenizer, prefixes)
 
 
 class Pipeline:
-    """A loaded O1. Calls keep no state: the same request and seed give the same picture.
+    """A loaded O1. The same request and seed give the same picture, whatever came before.
 
     LoRAs belong to requests. They never change the model's weights, and files stay in memory
-    (up to 2 GiB) so that switching between them reads nothing again.
+    (up to 2 GiB) so that switching between them reads nothing again. `prefixes` keeps what was
+    read of prompts and references; it changes no bit of any picture.
 
     Threads may share a pipeline; where its memory policy brings weights in turn, their calls wait
     for each other.
     """
 
-    def __init__(self, spec: Spec, model: O1, tokenizer: Tokenizer):
+    def __init__(
+        self, spec: Spec, model: O1, tokenizer: Tokenizer, prefixes: Prefixes | None = None
+    ):
         self.spec = spec
         self.model = model
         self.tokenizer = tokenizer
+        self.prefixes = prefixes if prefixes is not None else Prefixes()
         self._lora_weights = LoraWeights()
         self._turn = nullcontext() if model.elsewhere is None else RLock()
 
@@ -130,17 +143,27 @@ class Pipeline:
 
     @overload
     def __call__(
-        self, prompt: str | GenerateRequest, *, on_step: OnStep | None = None, **fields: Any
+        self,
+        prompt: str | GenerateRequest,
+        *,
+        on_step: OnStep | None = None,
+        cancel: CancelToken | None = None,
+        **fields: Any,
     ) -> Output: ...
     @overload
     def __call__(
-        self, prompt: Sequence[GenerateRequest], *, on_step: OnStep | None = None
+        self,
+        prompt: Sequence[GenerateRequest],
+        *,
+        on_step: OnStep | None = None,
+        cancel: CancelToken | None = None,
     ) -> list[Output]: ...
     def __call__(
         self,
         prompt: str | GenerateRequest | Sequence[GenerateRequest],
         *,
         on_step: OnStep | None = None,
+        cancel: CancelToken | None = None,
         **fields: Any,
     ) -> Output | list[Output]:
         """Pictures for a prompt (with a request's fields as keywords), a request, or several.
@@ -149,18 +172,21 @@ class Pipeline:
         pictures at a time; the results come in the requests' order, each as if it had been alone,
         within fp32 rounding (`deterministic=True`: to the bit). `on_step(step, num_steps, preview)`
         is called after each step, `preview()` gives the pictures so far; what it raises ends the
-        call.
+        call. So does `cancel.cancel()`, from any thread and within a step.
+
+        Raises Cancelled after that; no picture is given then.
         """
         if isinstance(prompt, str):
-            return self._run([GenerateRequest.from_dict({"prompt": prompt, **fields})], on_step)[0]
+            request = GenerateRequest.from_dict({"prompt": prompt, **fields})
+            return self._run([request], on_step, cancel)[0]
         if fields:
             raise UsageError(
                 f"{', '.join(fields)}: a GenerateRequest has its fields inside.",
                 "Use dataclasses.replace(request, …) to change them.",
             )
         if isinstance(prompt, GenerateRequest):
-            return self._run([prompt], on_step)[0]
-        return self._run(list(prompt), on_step)
+            return self._run([prompt], on_step, cancel)[0]
+        return self._run(list(prompt), on_step, cancel)
 
     @overload
     def generate_text(
@@ -225,13 +251,22 @@ class Pipeline:
             return write_texts(self.model, self.tokenizer, requests, on_token)
 
     @torch.inference_mode()
-    def _run(self, requests: list[GenerateRequest], on_step: OnStep | None) -> list[Output]:
+    def _run(
+        self,
+        requests: list[GenerateRequest],
+        on_step: OnStep | None,
+        cancel: CancelToken | None,
+    ) -> list[Output]:
         start = time.perf_counter()
-        plans = [self._plan(request) for request in requests]
+        plans = []
+        for request in requests:
+            if cancel is not None:
+                cancel.check()
+            plans.append(self._plan(request))
         encoded = time.perf_counter()
         jobs = [job for plan in plans for job in plan.jobs]
         pictures: dict[int, Image.Image] = {}
-        forwards = dict.fromkeys((id(plan.request) for plan in plans), 0)
+        counts = {id(plan.request): Counter() for plan in plans}
         for batch in _batches(jobs):
             counter = Counter()
             what = f"{len(batch)} pictures of {batch[0].request.width}x{batch[0].request.height}"
@@ -239,11 +274,18 @@ class Pipeline:
                 model = with_loras(
                     self.model, batch[0].loras, self._lora_weights, self.model.elsewhere
                 )
-                made = denoise_batch(model, batch, counter=counter, on_step=on_step)
+                made = denoise_batch(
+                    model,
+                    batch,
+                    counter=counter,
+                    on_step=on_step,
+                    prefixes=self.prefixes,
+                    cancel=cancel,
+                )
             for job, picture in zip(batch, made, strict=True):
                 pictures[id(job)] = picture
             for plan in {id(job.request) for job in batch}:
-                forwards[plan] += counter.num_forwards
+                counts[plan].add(counter)
         end = time.perf_counter()
         timings = {"encode": encoded - start, "denoise": end - encoded, "total": end - start}
         return [
@@ -252,7 +294,7 @@ class Pipeline:
                 request=plan.request,
                 seeds=tuple(job.seed for job in plan.jobs),
                 timings=timings,
-                num_forwards=forwards[id(plan.request)],
+                **vars(counts[id(plan.request)]),
                 warnings=plan.warnings,
             )
             for plan in plans

@@ -7,7 +7,8 @@ from PIL import Image
 
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
-from hidream.pipelines.denoise import Counter, Job, denoise_batch
+from hidream.pipelines.denoise import Job, denoise_batch
+from hidream.pipelines.prefixes import Counter
 from hidream.request import GenerateRequest
 from hidream.train.config import Recipe
 

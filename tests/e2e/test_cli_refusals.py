@@ -96,6 +96,12 @@ FLAGS = [
     (["generate", "x", "--refine-prompt", "on"], 2, ["refine_prompt", "not available"]),
     (["generate", "x", "--refine-prompt", "auto"], 2, ["refine_prompt", "not available"]),
     (["generate", "x", "--sparsity", "0.7"], 2, ["sparsity", "not available"]),
+    (["generate", "x", "--prompt-file", "a.txt"], 2, ["PROMPT and --prompt-file", "Leave one"]),
+    (["edit", "a.png", "x", "--prompt-file", "a.txt"], 2, ["PROMPT and --prompt-file"]),
+    (["generate", "--from", "a.png", "--prompt-file", "a.txt"], 2, ["--from and --prompt-file"]),
+    (["generate", "--prompt-file", "none.txt"], 3, ["none.txt", "No such file"]),
+    (["generate", "--prompt-file", "."], 3, ["prompt file .", "directory"]),
+    (["generate", "--prompt-file", "a\0b"], 3, ["prompt file", "null byte"]),
     (["generate", "x", "--embed-inputs", "--no-metadata"], 2, ["--embed-inputs", "exclude"]),
     (["edit", "--from", "a.png", "b.png", "c", "d"], 2, ["one argument too many"]),
     (["generate", "x", "--box", "0,1,0,1"], 3, ["1 boxes for 0 references"]),
@@ -175,6 +181,9 @@ def input_cases(tmp: Path) -> list:
     (tmp / "long.txt").write_text("x" * 1_000_001)
     (tmp / "broken.json").write_text("[")
     (tmp / "odd.json").write_text('{"panels": ["a", {"prompt": "b", "shot": "closup"}]}')
+    (tmp / "good.list").write_text('{"prompt": "a", "seed": 1}\n{"prompt": "b", "seed": 1}')
+    for name in ("n-1.png", "p-1-step0018.png"):
+        (tmp / name).write_bytes(b"")
     sides = {"A": (2, 8), "B": (8, 2)}
     foreign = {f"blocks.0.lora_{side}.weight": np.zeros(shape) for side, shape in sides.items()}
     save_file(foreign, tmp / "foreign.safetensors")
@@ -264,6 +273,65 @@ def input_cases(tmp: Path) -> list:
     ]
 
 
+def prompt_file_cases(tmp: Path) -> list:
+    """Every way in which a line, or the whole file, is wrong: file and line are named."""
+    good = str(tmp / "good.png")
+
+    def case(name, content, code, *words, argv=("generate",)):
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp / name).write_bytes(data)
+        return ([*argv, "--prompt-file", name], code, [name, *words])
+
+    edit, subject = ("edit", good), ("subject",)
+    return [
+        case("none.list", "", 3, "no requests"),
+        case("comments.list", "# a cat\n\n   \n", 3, "no requests"),
+        case("latin.list", b"a cat\na caf\xe9\n", 3, "line 2", "UTF-8"),
+        case("control.list", "a cat\na\x1bb\n", 3, "line 2", "U+001B"),
+        case("cut.list", 'a\n\n{"prompt": "b"', 3, "line 3", "must be JSON"),
+        case("brace.list", "{red} cube", 3, "line 1", '{"prompt": "…"}'),
+        case("twice.list", '{"prompt": "a", "seed": 1, "seed": 2}', 3, '"seed" is given twice'),
+        case("field.list", '{"prompt": "a", "step": 3}', 2, 'unknown field "step"'),
+        case("size.list", 'a\n{"prompt": "b", "width": 100}', 2, "line 2", "96 and 112"),
+        case("range.list", '{"prompt": "a", "num_inference_steps": 0}', 2, "1 … 1000"),
+        case("type.list", '{"prompt": "a", "sampler": []}', 2, "line 1", "unknown sampler"),
+        case("kind.list", '{"prompt": 3}', 2, "line 1", "must be text"),
+        case("prompt.list", 'a\n{"seed": 3}', 2, "line 2", "no prompt"),
+        case("layout.list", '{"prompt": "a", "layout": [[0, 1, 0, 1]]}', 3, "1 boxes for 0"),
+        case("model.list", '{"prompt": "a", "model": "o1-nona"}', 2, '"o1-nano"'),
+        case(
+            "models.list",
+            '{"prompt": "a", "model": "o1-nano"}\n{"prompt": "a", "model": "o1"}',
+            2,
+            "line 2",
+            "the model o1, the run has o1-nano",
+        ),
+        case("reference.list", '{"prompt": "a", "references": ["no.png"]}', 3, "line 1", "no.png"),
+        case("picture.list", '{"prompt": "a", "references": ["text.png"]}', 3, "text.png"),
+        case("loras.list", '{"prompt": "a", "loras": [["no.safetensors", 1]]}', 3, "line 1", "no."),
+        case(
+            "mask.list", 'a\n{"prompt": "b", "mask": "mask.png"}', 3, "line 2", "32x48", argv=edit
+        ),
+        case("bare.list", "a", 2, "line 1", "--ref", argv=subject),
+        (["edit", "--prompt-file", "bare.list"], 2, ["line 1", "hidream edit IMAGE"]),
+        case("seeds.list", '{"prompt": "a", "seed": [1, 2], "num_images": 3}', 2, "line 1"),
+        case("many.list", '{"prompt": "a", "num_images": 1000}\n' * 11, 3, "11000 pictures"),
+        (
+            ["generate", "--prompt-file", "many.list", "--num-images", "2", "--seed", "1", "2"],
+            2,
+            ["many.list, line 1", "2 seeds"],
+        ),
+        (["generate", "--prompt-file", "good.list", "-o", "{seed}.png"], 2, ["one file"]),
+        (["generate", "--prompt-file", "good.list", "-o", "a.gif"], 2, [".gif"]),
+        (["generate", "--prompt-file", "good.list", "-o", "n.png"], 3, ["n-1.png exists"]),
+        (
+            ["generate", "--prompt-file", "good.list", "--preview-every", "9", "-o", "p.png"],
+            3,
+            ["p-1-step0018.png exists", "--overwrite"],
+        ),
+    ]
+
+
 def folder_cases(tmp: Path, tiny: Path) -> list:
     """Model folders whose headers tell that something is wrong."""
     cases = []
@@ -306,7 +374,7 @@ def folder_cases(tmp: Path, tiny: Path) -> list:
 def refusals(tmp_path_factory, tiny_folder):
     """Every case with its outcome, from one fresh process."""
     tmp = tmp_path_factory.mktemp("refusals")
-    groups = [FLAGS, input_cases(tmp), folder_cases(tmp, tiny_folder)]
+    groups = [FLAGS, input_cases(tmp), prompt_file_cases(tmp), folder_cases(tmp, tiny_folder)]
     cases = [case for group in groups for case in group]
     # What reads weights' shapes imports torch, so those come last.
     cases.sort(key=lambda case: case[0][:2] == ["models", "verify"])

@@ -390,3 +390,29 @@ def test_one_of_several_is_made_again_to_the_bit(hidream):
     hidream("generate", "a", *FEW, *several, "-o", "{index}.png")
     assert again(hidream, "generate", "1.png")[0] == 0
     assert same("again.png", "1.png")
+
+
+def test_a_preview_says_what_it_is_and_makes_the_whole_picture(hidream):
+    """It is marked as AI's, carries no files, and does not pass for the finished picture."""
+    tiny.picture(1, 32, 32).save("source.png")
+    few = ["--steps", 3, "--size", "32x32", "--seed", 3, "--preview-every", 2]
+    hidream("edit", "source.png", "paint it", *few, "--embed-inputs", "-o", "a.png")
+    note, preview = read_metadata("a.png"), read_metadata("a-step0002.png")
+    assert preview.pop("preview") == {"step": 2, "num_steps": 3}
+    assert note.pop("embedded")
+    assert preview == note
+    assert read_texts("a-step0002.png").source_type == "trainedAlgorithmicMedia"
+    _, out, _ = hidream("info", "a-step0002.png", model=None)
+    assert "of step 2 of 3" in out
+    code, _, err = again(hidream, "edit", "a-step0002.png")
+    assert code == 0
+    assert "a-step0002.png is a preview: the whole picture is made" in err
+    assert same("again.png", "a.png")
+    assert not same("a-step0002.png", "a.png")
+    hidream("edit", "source.png", "paint it", *few, "--no-metadata", "-o", "b.jpg")
+    assert read_metadata("b-step0002.jpg") is None
+    os.unlink("b.jpg")
+    code, _, err = hidream("edit", "source.png", "paint it", *few, "-o", "b.jpg")
+    assert (code, "b-step0002.jpg exists" in err) == (3, True)
+    assert not os.path.exists("b.jpg")
+    assert hidream("edit", "source.png", "x", *few, "-o", "b.jpg", "--overwrite")[0] == 0

@@ -97,7 +97,7 @@ def test_decoder(tiny_model, theirs, tokens, with_pictures):
     positions = tokens.position_ids[:, : len(hidden)]
     slots, deepstack, features = tokens.image_slots, (), None
     if with_pictures:
-        vision = tiny_model._see([tokens], hidden)
+        vision = tiny_model.see([tokens])
         hidden, deepstack = _place(hidden, slots.nonzero()[:, 0], vision)
         features = [stack[slots] for stack in deepstack]
     our_layers, our_hooks = record(decoder.layers)

@@ -326,7 +326,7 @@ def test_blocks_come_one_ahead(tiny_folder, tiny_model, pipe, share, monkeypatch
     copied, computed = (list(map(id, events)) for events in (ahead.copied, ahead.computed))
     copies = [i for i, entry in enumerate(gpu.log) if entry[:2] == ("record", "side")]
     if len(ahead.blocks) > 2:
-        assert len(copies) == 3 * len(ahead.blocks) + 1  # prefix and two steps, and one ahead
+        assert len(copies) == 4 * len(ahead.blocks) + 1  # two prompts, two steps, one ahead
     for number, i in enumerate(copies):
         slot = copied.index(gpu.log[i][2])
         assert gpu.log[i - 1] == ("wait", "side", computed[slot])

@@ -223,7 +223,7 @@ def test_vision_tokens_take_the_placeholders(tiny_model, make):
     ids = torch.cat([t.input_ids for t in requests])
     embedded = tiny_model.model.language_model.embed_tokens(ids)
     slots = torch.cat([t.image_slots for t in requests]).nonzero()[:, 0]
-    hidden, deepstack = _place(embedded, slots, tiny_model._see(requests, embedded))
+    hidden, deepstack = _place(embedded, slots, tiny_model.see(requests))
     assert len(deepstack) == len(O1_TINY.vision.deepstack_layers)
     start = 0
     for tokens in requests:
@@ -384,7 +384,7 @@ def test_velocity_shows_the_network_whole_thousandths(tiny_model, make, sigma, s
 def test_the_thousandths_are_those_of_the_published_schedules(tiny_model, monkeypatch, shift):
     """They were cut from float64; ours are cut from the same sigmas in fp32."""
     shown = []
-    monkeypatch.setattr(O1, "predict_x0", lambda self, x_t, sigma, prefix: shown.append(sigma) or 0)
+    monkeypatch.setattr(O1, "predict_x0", lambda self, x_t, sigma, *_: shown.append(sigma) or 0)
     first = float(shift_sigma(torch.tensor(0.999), shift))
     for num_steps in (4, 6, 10, 27, 34, 37, 41, 45, 49, 50, 97):
         shown.clear()

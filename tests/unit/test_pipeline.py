@@ -302,21 +302,6 @@ def test_num_images_and_seeds(pipe):
     assert not same(out.images[0], out.images[1])
 
 
-def test_one_prompt_is_read_once(pipe, monkeypatch):
-    """Four seeds of a prompt share its prefix; the two branches are read in one call."""
-    prefills = []
-    prefill = pipe.model.prefill
-    monkeypatch.setattr(
-        pipe.model, "prefill", lambda requests: prefills.append(len(requests)) or prefill(requests)
-    )
-    pipe(request(num_images=4))
-    assert prefills == [2]
-    pipe([request("a"), request("b", num_images=2)])
-    assert prefills == [2, 4]
-    pipe(request(guidance_scale=1, num_images=2))
-    assert prefills == [2, 4, 1]
-
-
 def test_what_differs_in_size_or_schedule_is_another_batch(pipe, seen):
     _, batches = seen
     items = [

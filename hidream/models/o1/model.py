@@ -19,8 +19,8 @@ values once, and each denoising step (`velocity`) runs the generated tokens alon
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -65,7 +65,24 @@ class Prefix:
     last: Float[Tensor, "b d"]
 
     def __len__(self) -> int:
-        return len(self.references)
+        return len(self.last)
+
+    @staticmethod
+    def join(prefixes: Sequence[Prefix]) -> Prefix:
+        """All rows of several prefixes as one, in their order."""
+        keys, values = (
+            tuple(
+                tuple(row for rows in layer for row in rows) for layer in zip(*parts, strict=True)
+            )
+            for parts in ([p.keys for p in prefixes], [p.values for p in prefixes])
+        )
+        return Prefix(
+            keys=keys,
+            values=values,
+            references=tuple(row for p in prefixes for row in p.references),
+            ropes=tuple(row for p in prefixes for row in p.ropes),
+            last=torch.cat([p.last for p in prefixes]),
+        )
 
     def take(self, rows: Sequence[int]) -> Prefix:
         """These rows, in this order; a row may be taken often (one prompt, many seeds)."""
@@ -129,18 +146,24 @@ class O1(nn.Module):
         return Prediction(x0, logits)
 
     def embed_causal(
-        self, requests: Sequence[Tokens]
+        self, requests: Sequence[Tokens], seen: VisionTokens | None = None
     ) -> tuple[Float[Tensor, "a d"], tuple[Float[Tensor, "a d"], ...]]:
-        """The causal tokens of all requests, one after the other, and what deepstack adds."""
+        """The causal tokens of all requests, one after the other, and what deepstack adds.
+
+        `seen` is what `see` gives for them, where that is known already.
+        """
         table = self.model.language_model.embed_tokens
         hidden = table(torch.cat([r.input_ids for r in requests]).to(table.weight.device))
         slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0].to(hidden.device)
-        return _place(hidden, slots, self._see(requests, hidden))
+        return _place(hidden, slots, self.see(requests) if seen is None else seen)
 
-    def prefill(self, requests: Sequence[Tokens]) -> Prefix:
-        """Keys and values of every request's causal tokens, embedded references, angles."""
+    def prefill(self, requests: Sequence[Tokens], seen: VisionTokens | None = None) -> Prefix:
+        """Keys and values of every request's causal tokens, embedded references, angles.
+
+        `seen` is what `see` gives for them, where that is known already.
+        """
         uit, backend = self.model, self.attention_backend
-        hidden, deepstack = self.embed_causal(requests)
+        hidden, deepstack = self.embed_causal(requests, seen)
         requests = [tokens.to(hidden.device) for tokens in requests]
         lengths = [len(r.input_ids) for r in requests]
         keys: list[tuple[Tensor, ...]] = []
@@ -156,18 +179,29 @@ class O1(nn.Module):
             )
             return torch.cat([row[0] for row in out])
 
-        positions = [
-            r.position_ids.split([n, r.num_generated], dim=1)
-            for n, r in zip(lengths, requests, strict=True)
-        ]
-        rope = uit.language_model.rope(torch.cat([causal for causal, _ in positions], dim=1))
+        causal = [r.position_ids[:, :n] for n, r in zip(lengths, requests, strict=True)]
+        rope = uit.language_model.rope(torch.cat(causal, dim=1))
         hidden = uit.language_model(hidden, rope, lambda layer: partial(read, layer), deepstack)
-        return Prefix(
+        prefix = Prefix(
             keys=tuple(keys),
             values=tuple(values),
-            references=tuple(uit.x_embedder(r.references.to(hidden)) for r in requests),
-            ropes=tuple(uit.language_model.rope(generated) for _, generated in positions),
+            references=(),
+            ropes=(),
             last=torch.stack([row[-1] for row in hidden.split(lengths)]),
+        )
+        return self.with_generated(prefix, requests)
+
+    def with_generated(self, prefix: Prefix, requests: Sequence[Tokens]) -> Prefix:
+        """The prefix with what the requests' generated tokens need: references and angles.
+
+        The prefix may come from other requests, whose causal tokens were the same.
+        """
+        embed, rope = self.model.x_embedder, self.model.language_model.rope
+        requests = [tokens.to(prefix.last.device) for tokens in requests]
+        return replace(
+            prefix,
+            references=tuple(embed(r.references.to(prefix.last)) for r in requests),
+            ropes=tuple(rope(r.position_ids[:, len(r.input_ids) :]) for r in requests),
         )
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b vocab"]:
@@ -180,9 +214,16 @@ class O1(nn.Module):
         return self.lm_head(hidden)
 
     def predict_x0(
-        self, x_t: Float[Tensor, "b n p"], sigma: Float[Tensor, ""], prefix: Prefix
+        self,
+        x_t: Float[Tensor, "b n p"],
+        sigma: Float[Tensor, ""],
+        prefix: Prefix,
+        on_layer: Callable[[], object] | None = None,
     ) -> Float[Tensor, "b n p"]:
-        """The clean patches, from the generated tokens alone: they read prefix and each other."""
+        """The clean patches, from the generated tokens alone: they read prefix and each other.
+
+        `on_layer()` is called before every layer; what it raises ends the work.
+        """
         uit, backend, (b, n, _) = self.model, self.attention_backend, x_t.shape
         dtype = uit.x_embedder.proj1.weight.dtype
         time = uit.t_embedder1((1 - sigma).reshape(1).to(x_t.device))
@@ -201,14 +242,23 @@ class O1(nn.Module):
                 out.append(row[0])
             return torch.cat(out)
 
+        def attend(layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+            if on_layer is not None:
+                on_layer()
+            return partial(read, layer)
+
         cos, sin = zip(*prefix.ropes, strict=True)
         rope = (torch.cat(cos), torch.cat(sin))
-        hidden = uit.language_model(torch.cat(rows), rope, lambda layer: partial(read, layer))
+        hidden = uit.language_model(torch.cat(rows), rope, attend)
         targets = torch.stack([row[1 : 1 + n] for row in hidden.split(lengths)])
         return uit.final_layer2(targets).float()
 
     def velocity(
-        self, x_t: Float[Tensor, "b n p"], sigma: Float[Tensor, ""], prefix: Prefix
+        self,
+        x_t: Float[Tensor, "b n p"],
+        sigma: Float[Tensor, ""],
+        prefix: Prefix,
+        on_layer: Callable[[], object] | None = None,
     ) -> Float[Tensor, "b n p"]:
         """dx_t/dsigma = (x_t − x0) / tau, fp32, with tau the sigma that the network is shown.
 
@@ -217,7 +267,7 @@ class O1(nn.Module):
         0.98699999, is cut to 987, and 0.9869999 to 986.
         """
         tau = (torch.floor(1000 * sigma.double() + 4e-5) / 1000).float()
-        x0 = self.predict_x0(x_t, tau, prefix)
+        x0 = self.predict_x0(x_t, tau, prefix, on_layer)
         return (x_t.float() - x0) / tau.clamp(min=1e-3).to(x_t.device)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -250,13 +300,15 @@ class O1(nn.Module):
             head.weight.zero_()
             head.weight[:, : len(basis)] = 0.5 * basis.T
 
-    def _see(self, requests: Sequence[Tokens], like: Float[Tensor, "l d"]) -> VisionTokens | None:
+    def see(self, requests: Sequence[Tokens]) -> VisionTokens | None:
         """The vision tower's tokens of all requests; pictures that some share are seen once."""
+        like = self.model.final_layer2.linear.weight
         seeing = [r for r in requests if r.image_grids]
         distinct = {id(r.pixel_values): r for r in seeing}
         if not distinct:
             return None
-        pixels = torch.cat([r.pixel_values for r in distinct.values()]).to(like)
+        pixels = torch.cat([r.pixel_values for r in distinct.values()])
+        pixels = pixels.to(device=like.device, dtype=like.dtype)
         vision = self.model.visual(pixels, [g for r in distinct.values() for g in r.image_grids])
         lengths = [int(r.image_slots.sum()) for r in distinct.values()]
 
