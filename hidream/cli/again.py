@@ -25,8 +25,9 @@ class Again:
     """What a picture says of how it was made; without --from all of it is empty.
 
     `fields` are the request's, without the model and without what is None. `carried` holds the
-    files of pictures that lie inside the picture. `digest` is the model's. `preview`: it shows a
-    step on the way. `warnings` were told when it was made.
+    files of pictures that lie inside the picture. `digest` is the model's. `weights` names the
+    memory policy where it changes pixels. `preview`: it shows a step on the way. `warnings` were
+    told when it was made.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Again:
     variant: str | None = None
     digest: str | None = None
     dtype: str | None = None
+    weights: str | None = None
     device: str | None = None
     torch: str | None = None
     preview: bool = False
@@ -76,6 +78,7 @@ def read_again(picture: str, given: Mapping[str, Any]) -> Again:
         variant=variant if variant in ("full", "dev") else None,
         digest=_text(model, "digest"),
         dtype=DTYPES.get(_text(note, "dtype") or ""),
+        weights=_text(note, "weights"),
         device=_text(note, "device"),
         torch=_text(versions, "torch"),
         preview="preview" in note,

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from hidream.camera import CAMERA
 from hidream.errors import InputError, UsageError
+from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SAMPLERS, nearest
 from hidream.request import GenerateRequest
 
@@ -84,7 +85,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="auto", type=_device, help=", ".join(DEVICES))
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on a CPU")
-    group.add_argument("--memory", default="auto", help="policy; this version has auto only")
+    group.add_argument(
+        "--memory", default="auto", metavar="POLICY", help=", ".join(POLICIES) + " (docs/memory.md)"
+    )
 
 
 def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True) -> None:

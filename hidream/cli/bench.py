@@ -31,6 +31,12 @@ def run(argv: list[str]) -> int:
         if not 1 <= value <= most:
             raise UsageError(f"--{name} {value} is out of range: 1 … {most}.")
     check_memory(arguments)
+    if arguments.memory != "auto":
+        raise UsageError(
+            f"bench compares ways to compute with everything on the device, not under --memory "
+            f"{arguments.memory}.",
+            "Leave --memory out.",
+        )
     output = Path(arguments.output).expanduser() if arguments.output else None
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"{output.parent} is not a folder.", "Make it first.")

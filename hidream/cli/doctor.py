@@ -13,6 +13,7 @@ from typing import Any
 
 from hidream import __version__
 from hidream.cli import console
+from hidream.cli.abilities import abilities
 from hidream.cli.arguments import Parser, add_json
 from hidream.errors import HidreamError
 
@@ -27,9 +28,12 @@ def run(argv: list[str]) -> int:
     if arguments.json:
         console.show({**found, "problems": problems})
     else:
+        draws = found.pop("draws", [])
         for name, value in found.items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if name == "packages" else value
             print(f"{name:<12} {text}")
+        for row in draws:
+            print(f"{'draws':<12} {_ability(row)}")
         for problem in problems:
             print(f"{'problem':<12} {problem}")
         if not problems:
@@ -67,12 +71,25 @@ def _look() -> tuple[dict[str, Any], list[str]]:
     try:
         from hidream.pipelines import load
 
-        load("o1-nano", device="cpu")
+        pipe = load("o1-nano")
         found["o1-nano"] = f"loads in {time.perf_counter() - start:.1f} s"
+        found["draws"] = abilities(pipe)
     except HidreamError as error:
         found["o1-nano"] = "does not load"
         problems.append(str(error))
     return found, problems
+
+
+def _ability(row: dict[str, Any]) -> str:
+    """One line of what can be drawn, or of why not."""
+    what = f"{row['model']} at {row['size']}"
+    needs = console.size(row["memory_bytes"])
+    if row["cpu_bytes"]:
+        needs += f" and {console.size(row['cpu_bytes'])} of CPU memory"
+    if not row["fits"]:
+        return f"not {what}: --memory {row['memory']} would need {needs}"
+    took = console.duration(row["seconds"])
+    return f"{what}: --memory {row['memory']}, {needs}, about {took} a picture ({row['from']})"
 
 
 def _devices(torch: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
 from hidream.folder import Folder, locate, open_folder
 from hidream.limits import batch_size
+from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
 from hidream.request import GenerateRequest, resolve, warnings_of
 
@@ -184,6 +185,9 @@ def _settle(arguments: argparse.Namespace, again: Again, *, same_model: bool) ->
     """Compute as the picture of --from was computed, unless the flags say how."""
     if arguments.dtype == "auto" and again.dtype:
         arguments.dtype = again.dtype
+    if arguments.memory == "auto" and again.weights in POLICIES:
+        arguments.memory = again.weights
+        check_memory(arguments)
     if arguments.variant is None and same_model:
         arguments.variant = again.variant
 
@@ -267,11 +271,20 @@ def _dry_run(
     from hidream.cli.estimate import estimate
 
     batch = len(next(_batches(request, paths))[1])
-    expected = estimate(request, folder, spec, arguments.device, arguments.dtype, batch)
+    expected = estimate(
+        request,
+        folder,
+        spec,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        batch_size=batch,
+        memory=arguments.memory,
+    )
     if folder is None:
         console.warn(f"{spec.name} is not on this machine: hidream models pull {spec.name}")
-    if expected["memory_bytes"] > expected["available_bytes"]:
-        console.warn("this may not fit the memory.")
+    policies = {row["name"]: row for row in expected["policies"]}
+    if not policies[arguments.memory]["fits"]:
+        console.warn(_may_not_fit(arguments.memory, policies))
     settings = request.to_dict()
     if arguments.json:
         outputs = [str(path) for path in (*paths, *panels)]
@@ -287,4 +300,18 @@ def _dry_run(
         f"{console.duration(expected['seconds'])} on {expected['device']}; arithmetic, not a "
         "measurement"
     )
+    for name, row in policies.items():
+        beside = f" and {console.size(row['cpu_bytes'])} of CPU memory" if row["cpu_bytes"] else ""
+        fits = "" if row["fits"] else ", which may not fit"
+        lacks = "" if row["available"] else "; needs torchao"
+        print(f"{'--memory ' + name:<20} {console.size(row['memory_bytes'])}{beside}{fits}{lacks}")
     return 0
+
+
+def _may_not_fit(memory: str, policies: Mapping[str, Mapping[str, Any]]) -> str:
+    """What to tell of a policy, and the next smaller one that fits, if any."""
+    smaller = POLICIES[memory].smaller
+    while smaller is not None and not policies[smaller]["fits"]:
+        smaller = POLICIES[smaller].smaller
+    remedy = f"--memory {smaller} should" if smaller else "ask for a smaller size"
+    return f"this may not fit the memory; {remedy}."

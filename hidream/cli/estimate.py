@@ -1,141 +1,194 @@
-"""What a request will need: memory and time by arithmetic from the model's configuration."""
+"""What a request will need: memory and time, by arithmetic from the model's configuration."""
 
 from __future__ import annotations
 
-import os
-import time
 from typing import TYPE_CHECKING, Any
 
 from hidream.folder import Folder
-from hidream.models.o1.config import O1_8B, O1_NANO, O1Config
+from hidream.limits import batch_size as most_together
+from hidream.lora_file import linear_layers, read_lora
+from hidream.memory import POLICIES, Policy, available
 from hidream.registry import Spec
 from hidream.request import GenerateRequest
 
 if TYPE_CHECKING:
     import torch
 
-_RUNTIME_BYTES = 400_000_000  # Python and torch themselves
-_SECONDS_A_LAYER = 1.5e-4  # starting a layer's operations, whatever their size
+    from hidream.models.o1.config import O1Config
+    from hidream.models.o1.memory import BatchSize, Need
 
 
 def estimate(
     request: GenerateRequest,
     folder: Folder | None,
     spec: Spec,
-    device: str,
-    dtype: str,
-    batch_size: int,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 1,
+    memory: str = "auto",
 ) -> dict[str, Any]:
     """Bytes of memory at the peak, floating-point operations and seconds of a resolved request.
 
     The operations are those of the decoder's linear layers and attention; the time takes a speed
     that a short matrix product of about the model's shape has on this machine. The model's load
-    time is not in it.
+    time is not in it. `policies` has memory and time under every policy.
+
+    Raises UsageError for a device that is not here, InputError for a LoRA that does not fit.
     """
-    import torch
+    from hidream.models.machine import free_memory
+    from hidream.models.o1.memory import need
+    from hidream.pipelines.devices import find_device, find_dtype
 
     config = _config(folder, spec)
-    place = _device(device)
-    half = dtype in ("bf16", "fp16") or (dtype == "auto" and place.type != "cpu")
-    width_bytes = 2 if half else 4
-    text = config.text
-    num_params = folder.num_params if folder else _num_params(config)
-    per_layer = text.head_dim * text.hidden_size * (2 * text.num_heads + 2 * text.num_kv_heads)
-    per_layer += 3 * text.hidden_size * text.intermediate_size
-    target, references, prefix = _tokens(config, request)
-    generated = target + references
-    per_token = 2 * per_layer * text.num_layers
-    attention = 4 * generated * (generated + prefix) * text.num_heads * text.head_dim
-    forward_flops = generated * per_token + attention * text.num_layers
-    branches = 2 if (request.guidance_scale or 0) > 1 else 1
-    evaluations = (request.num_inference_steps or 1) * (2 if request.sampler == "heun" else 1)
-    evaluations = max(1, round(evaluations * (request.strength or 1)))
-    num_images = len(request.seeds)
-    flops = forward_flops * branches * evaluations * num_images
-    rows = batch_size * branches * generated
-    kv_bytes = prefix * text.num_layers * 2 * text.num_kv_heads * text.head_dim
-    activations = rows * (8 * text.hidden_size + 3 * text.intermediate_size)
-    memory = width_bytes * (num_params + activations + kv_bytes * branches) + _RUNTIME_BYTES
-    speed = _flops_a_second((rows, text.hidden_size, text.intermediate_size), place, half, torch)
-    rounds = -(-num_images // batch_size)
-    seconds = flops / speed + evaluations * rounds * text.num_layers * _SECONDS_A_LAYER
+    place = find_device(device)
+    number = find_dtype(None if dtype == "auto" else dtype, place)
+    batch = batch_of(config, request, batch_size)
+    loras, lora_files = _lora_bytes(request, config, number.itemsize)
+    flops, seconds = _work(config, request, batch, place, number)
+    free, free_cpu = free_memory(place), _free_cpu()
+    rows = []
+    for policy in POLICIES.values():
+        needed = need(config, policy, batch, width=number.itemsize, device=place.type, loras=loras)
+        device_bytes, cpu_bytes = needed.total, needed.cpu + lora_files
+        if place.type == "cpu":
+            device_bytes, cpu_bytes = device_bytes + cpu_bytes, 0
+        rows.append(
+            {
+                "name": policy.name,
+                "memory_bytes": device_bytes,
+                "cpu_bytes": cpu_bytes,
+                "parts": _parts(needed),
+                "fits": device_bytes <= free and cpu_bytes <= free_cpu,
+                "available": available(policy),
+                "seconds": round(
+                    _with_streaming(seconds, config, policy, request, place, number), 2
+                ),
+            }
+        )
+    chosen = next(row for row in rows if row["name"] == memory)
     return {
-        "memory_bytes": int(memory),
-        "available_bytes": _available(place),
-        "flops": int(flops),
-        "seconds": round(seconds, 2),
+        "memory": memory,
+        **{name: chosen[name] for name in ("memory_bytes", "cpu_bytes", "parts", "seconds")},
+        "lora_bytes": loras + lora_files,
+        "available_bytes": free,
+        "flops": flops,
         "device": str(place),
-        "num_tokens": {"text": prefix, "picture": target, "references": references},
+        "num_tokens": {
+            "text": batch.num_prefix,
+            "picture": batch.num_target,
+            "references": batch.num_references,
+        },
+        "policies": rows,
     }
 
 
-def _config(folder: Folder | None, spec: Spec) -> O1Config:
-    if folder is not None:
-        return O1Config.from_dict(folder.config, folder.settings)
-    return O1_NANO if spec.name == "o1-nano" else O1_8B
+def batch_of(config: O1Config, request: GenerateRequest, num_pictures: int) -> BatchSize:
+    """The tokens of a resolved request; its words are counted as a quarter of their letters."""
+    from hidream.models.o1.memory import BatchSize
 
-
-def _num_params(config: O1Config) -> int:
-    text, vision = config.text, config.vision
-    layer = text.head_dim * text.hidden_size * (2 * text.num_heads + 2 * text.num_kv_heads)
-    layer += 3 * text.hidden_size * text.intermediate_size
-    block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    heads = (1 + config.has_lm_head) * text.vocab_size * text.hidden_size
-    return layer * text.num_layers + block * vision.num_layers + heads
-
-
-def _tokens(config: O1Config, request: GenerateRequest) -> tuple[int, int, int]:
-    """Tokens of the picture, of the references' patches, and before them."""
     width, height = request.width or 1, request.height or 1
     patch = config.patch_size
     count = len(request.references) + (request.layout is not None)
     side = config.budgets.side(max(count, 1), max(width, height)) // patch
     vision = config.budgets.vision_side(max(count, 1)) // config.vision.stride
-    prompt = 16 + len(request.full_prompt.encode()) // 4
-    return width * height // patch**2, count * side**2, prompt + count * (vision**2 + 2)
+    words = 16 + len(request.full_prompt.encode()) // 4
+    return BatchSize(
+        num_pictures=num_pictures,
+        num_branches=2 if (request.guidance_scale or 0) > 1 else 1,
+        num_target=width * height // patch**2,
+        num_references=count * side**2,
+        num_prefix=words + count * (vision**2 + 2),
+        num_vision_patches=count * (vision * config.vision.merge_size) ** 2,
+    )
 
 
-def _device(name: str) -> torch.device:
-    import torch
+def _config(folder: Folder | None, spec: Spec) -> O1Config:
+    from hidream.models.o1.config import O1_8B, O1_NANO
+    from hidream.models.o1.weights import config_of
 
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if folder is not None:
+        return config_of(folder)
+    return O1_NANO if spec.name == "o1-nano" else O1_8B
 
 
-def _flops_a_second(
-    sides: tuple[int, int, int], device: torch.device, half: bool, torch: Any
+def _parts(needed: Need) -> dict[str, int]:
+    names = ("weights", "loras", "prefix", "activations", "runtime")
+    return {name: getattr(needed, name) for name in names}
+
+
+def _lora_bytes(request: GenerateRequest, config: O1Config, width: int) -> tuple[int, int]:
+    """Bytes of the LoRAs' branches on the device, and of their files kept in CPU memory."""
+    from hidream.models.loras import MAX_KEPT
+    from hidream.models.o1.weights import shapes_of
+
+    if not request.loras:
+        return 0, 0
+    layers = linear_layers(shapes_of(config))
+    branches, files = 0, {}
+    for path, scale in request.loras:
+        file = read_lora(path, layers, request.model or "")
+        files[file.path] = file.stamp[1]
+        for layer in file.layers if scale else ():
+            inner, outer = layers[layer.layer]
+            branches += layer.rank * (inner + outer) + (outer if layer.magnitude else 0)
+    return branches * width, min(sum(files.values()), MAX_KEPT)
+
+
+def _evaluations(request: GenerateRequest) -> int:
+    evaluations = (request.num_inference_steps or 1) * (2 if request.sampler == "heun" else 1)
+    return max(1, round(evaluations * (request.strength or 1)))
+
+
+def _work(
+    config: O1Config,
+    request: GenerateRequest,
+    batch: BatchSize,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[int, float]:
+    """Floating-point operations and seconds of all of a request's pictures."""
+    from hidream.cli.speed import flops_a_second, seconds_a_layer
+
+    text = config.text
+    per_layer = text.head_dim * text.hidden_size * (2 * text.num_heads + 2 * text.num_kv_heads)
+    per_layer += 3 * text.hidden_size * text.intermediate_size
+    generated = batch.num_target + batch.num_references
+    attention = 4 * generated * (generated + batch.num_prefix) * text.num_heads * text.head_dim
+    forward = text.num_layers * (2 * generated * per_layer + attention)
+    num_images, evaluations = len(request.seeds), _evaluations(request)
+    flops = forward * batch.num_branches * evaluations * num_images
+    rows = batch.num_pictures * batch.num_branches * generated
+    speed = flops_a_second((rows, text.hidden_size, text.intermediate_size), device, dtype)
+    num_calls = evaluations * -(-num_images // batch.num_pictures)
+    seconds = flops / speed + num_calls * text.num_layers * seconds_a_layer(device, dtype)
+    return flops, seconds
+
+
+def _with_streaming(
+    seconds: float,
+    config: O1Config,
+    policy: Policy,
+    request: GenerateRequest,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> float:
-    rows, inner, columns = (min(side, 2048) for side in sides)
-    dtype = torch.bfloat16 if half else torch.float32
-    left = torch.ones(rows, inner, device=device, dtype=dtype)
-    right = torch.ones(inner, columns, device=device, dtype=dtype)
+    """Seconds with blocks that come in turn: beside the computing on a GPU, before it elsewhere."""
+    from hidream.cli.speed import bytes_a_second
+    from hidream.models.o1.memory import streamed_bytes
 
-    def finished() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    left @ right
-    start, count = finished(), 0
-    while count < 1 or (finished() - start < 0.05 and count < 1000):
-        left @ right
-        count += 1
-    return 2.0 * rows * inner * columns * count / (finished() - start)
+    num_bytes = streamed_bytes(config, policy, width=dtype.itemsize)
+    if not num_bytes:
+        return seconds
+    most = most_together(request.width or 1, request.height or 1)
+    num_calls = _evaluations(request) * -(-len(request.seeds) // most)
+    copying = num_calls * num_bytes / bytes_a_second(device, dtype)
+    return max(seconds, copying) if device.type == "cuda" else seconds + copying
 
 
-def _available(device: torch.device) -> int:
+def _free_cpu() -> int:
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from hidream.models.machine import free_memory
+
+    return free_memory(torch.device("cpu"))

@@ -6,18 +6,15 @@ import argparse
 from typing import TYPE_CHECKING
 
 from hidream.cli import console
-from hidream.errors import UsageError
+from hidream.memory import find_policy
 
 if TYPE_CHECKING:
     from hidream.pipelines import Pipeline
 
 
 def check_memory(arguments: argparse.Namespace) -> None:
-    """UsageError for a memory policy that O1 does not have yet."""
-    if arguments.memory != "auto":
-        raise UsageError(
-            f"--memory {arguments.memory} is not available for O1 yet; auto is.", "Leave it out."
-        )
+    """UsageError for a memory policy that is unknown, or that lacks its package here."""
+    arguments.memory = find_policy(arguments.memory).name
 
 
 def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = None) -> Pipeline:

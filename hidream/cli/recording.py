@@ -102,6 +102,8 @@ def note_of(
         "device": pipe.device.type,
         "versions": {"hidream": __version__, "torch": torch.__version__},
     }
+    if not pipe.memory.exact:
+        note["weights"] = pipe.memory.weights  # 8-bit weights change pixels
     if inputs.digests:
         note["inputs"] = inputs.digests
     if inputs.embedded:

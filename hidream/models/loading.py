@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -61,28 +62,73 @@ def check_tensors(folder: Folder, expected: Mapping[str, list[int]]) -> None:
 
 
 def load_weights(
-    module: Module, folder: Folder, *, device: torch.device | str, dtype: torch.dtype
+    module: Module,
+    folder: Folder,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    names: Collection[str] | None = None,
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Module:
     """Fill `module` (on meta) tensor by tensor, each read straight to `device`; eval mode.
+
+    `names` limits what is loaded; the rest stays on meta. `change(name, tensor)` is what is kept
+    of a tensor that was read.
 
     Raises ModelError for keys too many or too few, wrong shapes, and values that are not finite.
     """
     expected = tensor_shapes(module)
     check_tensors(folder, expected)
+    names = expected.keys() if names is None else names
+    module.requires_grad_(False)  # first: 8-bit weights cannot have a gradient
     tensors: dict[str, Tensor] = {}
-    for file in sorted({info.file for info in folder.tensors.values()}):
+    for file in sorted({folder.tensors[name].file for name in names}):
         with safe_open(file, framework="pt", device=str(device)) as shard:
-            for name in [n for n, info in folder.tensors.items() if info.file == file]:
+            for name in [n for n in names if folder.tensors[n].file == file]:
                 tensor = shard.get_tensor(name).to(dtype)
-                if not tensor.isfinite().all():
-                    raise ModelError(
-                        f"{name} in {file} holds values that are not finite.",
-                        "The file is damaged, or the training run that wrote it diverged.",
-                    )
-                tensors[name] = tensor
+                _check_finite(name, tensor, file)
+                tensors[name] = change(name, tensor)
     for name, earlier in tied_names(module).items():
+        if earlier not in tensors:
+            continue
         if not isinstance(tensors[earlier], nn.Parameter):
             tensors[earlier] = nn.Parameter(tensors[earlier], requires_grad=False)
         tensors[name] = tensors[earlier]  # the same object, so that they stay one
-    module.load_state_dict(tensors, assign=True)
-    return module.requires_grad_(False).eval()
+    module.load_state_dict(tensors, strict=len(names) == len(expected), assign=True)
+    return module.eval()
+
+
+class Reader:
+    """A folder's tensors, again and again: files stay open, so that they stay what they are.
+
+    They are mapped into memory: read to a CPU in the file's own dtype, a tensor is a view of its
+    file, and takes no memory that the system could not have back.
+    """
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        self._opened: dict[tuple[Path, str], Any] = {}
+        self._finite: set[str] = set()
+
+    def read(
+        self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor, in the file's dtype unless given. ModelError where it is not finite."""
+        file = self.folder.tensors[name].file
+        key = (file, str(device))
+        if key not in self._opened:
+            self._opened[key] = safe_open(file, framework="pt", device=str(device))
+        tensor = self._opened[key].get_tensor(name)
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        if name not in self._finite:
+            _check_finite(name, tensor, file)
+            self._finite.add(name)
+        return tensor
+
+
+def _check_finite(name: str, tensor: Tensor, file: Path) -> None:
+    if not tensor.isfinite().all():
+        raise ModelError(
+            f"{name} in {file} holds values that are not finite.",
+            "The file is damaged, or the training run that wrote it diverged.",
+        )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hidream.errors import InputError
 from hidream.lora_file import LoraFile, LoraLayer, stamp_of
+from hidream.models.placement import Elsewhere
 from hidream.nn.lora import Branch, adapted, scaled, summed
 
 MAX_KEPT = 2 * 1024**3  # bytes
@@ -51,12 +52,16 @@ class LoraWeights:
 
 
 def with_loras(
-    model: Module, loras: Sequence[tuple[LoraFile, float]], weights: LoraWeights
+    model: Module,
+    loras: Sequence[tuple[LoraFile, float]],
+    weights: LoraWeights,
+    elsewhere: Elsewhere | None = None,
 ) -> Module:
     """`model` as these LoRAs, each with its scale, change it together; the model stays as it is.
 
     Each is measured from the unchanged model and the changes are added, so that their order does
-    not matter. Raises InputError where a file cannot be read any more.
+    not matter. `elsewhere` is the model's, where not all of its weights are on the device.
+    Raises InputError where a file cannot be read any more.
     """
     parts: dict[str, list[tuple[LoraLayer, Weights, float]]] = {}
     for file, scale in loras:
@@ -67,9 +72,23 @@ def with_loras(
             parts.setdefault(layer.layer, []).append((layer, tensors, scale))
     branches = {}
     for name, changes in parts.items():
-        weight = model.get_parameter(f"{name}.weight")
-        branches[name] = summed([_branch(weight, *change) for change in changes], like=weight)
+        weight, like = _weight(model, f"{name}.weight", changes, elsewhere)
+        branches[name] = summed([_branch(weight, *change) for change in changes], like=like)
     return adapted(model, branches)
+
+
+def _weight(
+    model: nn.Module,
+    name: str,
+    changes: Sequence[tuple[LoraLayer, Weights, float]],
+    elsewhere: Elsewhere | None,
+) -> tuple[Tensor, Tensor]:
+    """A layer's weight, which only a DoRA asks for, and a tensor of its dtype and device."""
+    if elsewhere is None:
+        weight = model.get_parameter(name)
+        return weight, weight
+    dora = any(layer.magnitude is not None for layer, _, _ in changes)
+    return elsewhere.read(name) if dora else elsewhere.like, elsewhere.like
 
 
 def _branch(weight: Tensor, layer: LoraLayer, tensors: Weights, scale: float) -> Branch:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from threading import RLock
 from typing import Any, overload
 
 import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
-from hidream.errors import MemoryExceeded, UsageError
+from hidream.errors import UsageError
 from hidream.folder import locate
 from hidream.limits import batch_size
 from hidream.lora_file import linear_layers, read_lora
+from hidream.memory import AUTO, Policy, find_policy
 from hidream.models.loading import tensor_shapes
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.o1.model import O1
@@ -25,9 +28,10 @@ from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.outpainting import extend
 from hidream.pictures import read_mask, read_picture
 from hidream.pipelines.denoise import Job, Source, batch_key, denoise_batch
+from hidream.pipelines.devices import find_device, find_dtype, told_when_full
 from hidream.pipelines.prefixes import MAX_KEPT, Counter, Prefixes
 from hidream.pipelines.text import OnToken, TextOutput, write_texts
-from hidream.registry import Spec, nearest
+from hidream.registry import Spec
 from hidream.request import GenerateRequest, resolve, warnings_of
 from hidream.sampling import dev_sigmas
 from hidream.sheet import blank
@@ -36,8 +40,6 @@ from hidream.text_request import TextRequest
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], object]
-DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}
-DTYPES |= {"bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,22 @@ def load(
     prompts and references that were read may stay in the device's memory for later calls; 0
     keeps nothing.
 
-    Raises ModelError where the model is not there or not whole, UsageError for unknown names.
+    `memory` is one of `hidream.memory.POLICIES`; "auto" keeps everything on the device.
+
+    Raises ModelError where the model is not there or not whole, UsageError for unknown names,
+    MemoryExceeded where the device cannot hold the weights.
     """
-    if memory != "auto":
-        raise UsageError(f'memory="{memory}" is not available yet.', "Leave memory out.")
+    policy = find_policy(memory)
     prefixes = Prefixes(prefix_bytes)
-    chosen_device = _device(device)
-    chosen_dtype = _dtype(dtype, chosen_device)
+    chosen_device = find_device(device)
+    chosen_dtype = find_dtype(dtype, chosen_device)
     spec, folder = locate(str(model), variant=variant)
-    try:
-        module, function = spec.loader.split(":")
-        load_weights = getattr(import_module(module), function)
-        network, tokenizer = load_weights(folder, device=chosen_device, dtype=chosen_dtype)
-    except torch.OutOfMemoryError as error:
-        raise _memory_exceeded(chosen_device, "the model's weights") from error
+    module, function = spec.loader.split(":")
+    load_weights = getattr(import_module(module), function)
+    with told_when_full(chosen_device, policy, "the model's weights"):
+        network, tokenizer = load_weights(
+            folder, device=chosen_device, dtype=chosen_dtype, memory=policy
+        )
     return Pipeline(spec, network, tokenizer, prefixes)
 
 
@@ -100,6 +104,9 @@ class Pipeline:
     LoRAs belong to requests. They never change the model's weights, and files stay in memory
     (up to 2 GiB) so that switching between them reads nothing again. `prefixes` keeps what was
     read of prompts and references; it changes no bit of any picture.
+
+    Threads may share a pipeline; where its memory policy brings weights in turn, their calls wait
+    for each other.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.prefixes = prefixes if prefixes is not None else Prefixes()
         self._lora_weights = LoraWeights()
+        self._turn = nullcontext() if model.elsewhere is None else RLock()
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +127,18 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         return self.model.model.final_layer2.linear.weight.dtype
 
+    @property
+    def memory(self) -> Policy:
+        """How its weights are kept."""
+        return AUTO if self.model.elsewhere is None else self.model.elsewhere.policy
+
     def to(self, device: str | torch.device) -> Pipeline:
-        self.model.to(_device(str(device)))
+        if self.model.elsewhere is not None:
+            raise UsageError(
+                f"a pipeline under --memory {self.memory.name} stays on its device.",
+                "Load it again for the other one.",
+            )
+        self.model.to(find_device(str(device)))
         return self
 
     @overload
@@ -229,10 +247,8 @@ class Pipeline:
 
     @torch.inference_mode()
     def _write(self, requests: list[TextRequest], on_token: OnToken | None) -> list[TextOutput]:
-        try:
+        with self._turn, told_when_full(self.device, self.memory, "the prompts and pictures"):
             return write_texts(self.model, self.tokenizer, requests, on_token)
-        except torch.OutOfMemoryError as error:
-            raise _memory_exceeded(self.device, "the prompts and pictures") from error
 
     @torch.inference_mode()
     def _run(
@@ -253,8 +269,11 @@ class Pipeline:
         counts = {id(plan.request): Counter() for plan in plans}
         for batch in _batches(jobs):
             counter = Counter()
-            try:
-                model = with_loras(self.model, batch[0].loras, self._lora_weights)
+            what = f"{len(batch)} pictures of {batch[0].request.width}x{batch[0].request.height}"
+            with self._turn, told_when_full(self.device, self.memory, what):
+                model = with_loras(
+                    self.model, batch[0].loras, self._lora_weights, self.model.elsewhere
+                )
                 made = denoise_batch(
                     model,
                     batch,
@@ -263,9 +282,6 @@ class Pipeline:
                     prefixes=self.prefixes,
                     cancel=cancel,
                 )
-            except torch.OutOfMemoryError as error:
-                size = f"{batch[0].request.width}x{batch[0].request.height}"
-                raise _memory_exceeded(self.device, f"{len(batch)} pictures of {size}") from error
             for job, picture in zip(batch, made, strict=True):
                 pictures[id(job)] = picture
             for plan in {id(job.request) for job in batch}:
@@ -366,38 +382,3 @@ def _source(
 def _resized(picture: Image.Image, request: GenerateRequest) -> Image.Image:
     size = (request.width, request.height)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _device(name: str) -> torch.device:
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if name == "auto":
-        return torch.device(next(n for n in ("cuda", "mps", "cpu") if available[n]))
-    kind = name.split(":")[0]
-    if kind not in available:
-        raise UsageError(f'unknown device "{name}"; {nearest(name, ["auto", *available])}')
-    if not available[kind]:
-        raise UsageError(f'this machine has no device "{name}".', "Use --device auto.")
-    return torch.device(name)
-
-
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UsageError(f'unknown dtype "{dtype}"; {nearest(dtype, DTYPES)}')
-    if DTYPES[dtype] is torch.float16 and device.type == "cpu":
-        raise UsageError("fp16 has no fast path on a CPU.", "Use fp32 or bf16.")
-    return DTYPES[dtype]
-
-
-def _memory_exceeded(device: torch.device, what: str) -> MemoryExceeded:
-    return MemoryExceeded(
-        f"{what} do not fit the memory of {device}.",
-        "Ask for a smaller size or fewer pictures, or use --device cpu.",
-    )

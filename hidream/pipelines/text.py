@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -54,18 +55,19 @@ def write_texts(
     begun = time.perf_counter()
     stop = [tokenizer.special[name] for name in STOP_TOKENS]
     written: list[list[int]] = []
-    for batch in _batches([len(tokens.input_ids) for tokens in encoded]):
-        chosen = [requests[i] for i in batch]
-        speller = _Speller(tokenizer, batch, on_token)
-        written += write(
-            model,
-            [encoded[i] for i in batch],
-            _chooser(chosen),
-            limits=[request.max_new_tokens for request in chosen],
-            stop=stop,
-            on_token=speller.add,
-        )
-        speller.close()
+    with model.elsewhere.in_use("lm_head") if model.elsewhere else nullcontext():
+        for batch in _batches([len(tokens.input_ids) for tokens in encoded]):
+            chosen = [requests[i] for i in batch]
+            speller = _Speller(tokenizer, batch, on_token)
+            written += write(
+                model,
+                [encoded[i] for i in batch],
+                _chooser(chosen),
+                limits=[request.max_new_tokens for request in chosen],
+                stop=stop,
+                on_token=speller.add,
+            )
+            speller.close()
     end = time.perf_counter()
     timings = {"encode": begun - start, "write": end - begun, "total": end - start}
     return [

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from hidream import __version__
-from hidream.cli import main
+from hidream.cli import abilities, main
+from hidream.memory import POLICIES
 from hidream.pictures import read_metadata, read_picture
+from hidream.pipelines import load
 from tests import lora_files
 
 FEW = ["--steps", "2", "--size", "32x32"]
@@ -251,6 +253,65 @@ def test_dry_run_touches_nothing(hidream):
     assert "models pull o1" in err
 
 
+def estimated(hidream, *arguments):
+    code, out, _ = hidream("generate", "a cube", "--dry-run", "--json", "--seed", 1, *arguments)
+    assert code == 0
+    return json.loads(out)["estimate"]
+
+
+def test_dry_run_counts_every_policy(hidream):
+    found = estimated(hidream, "-m", "o1", "--memory", "stream")
+    rows = {row["name"]: row for row in found["policies"]}
+    assert list(rows) == list(POLICIES)
+    assert found["memory"] == "stream"
+    assert found["memory_bytes"] == rows["stream"]["memory_bytes"] == sum(found["parts"].values())
+    needs = [rows[name]["memory_bytes"] for name in ("auto", "low", "16gb", "12gb", "stream")]
+    assert needs == sorted(needs, reverse=True)
+    _, out, _ = hidream("generate", "a cube", "--dry-run")
+    assert all(f"--memory {name} " in out for name in POLICIES)
+
+
+def test_dry_run_counts_loras(hidream, tiny_model):
+    matrices = lora_files.matrices(tiny_model)
+    lora_files.write(Path("a.safetensors"), matrices)
+    values = sum(down.numel() + up.numel() for down, up in matrices.values())
+    plain, with_lora = (
+        estimated(hidream, *flags) for flags in ((), ("--lora", "a.safetensors", 0.5))
+    )
+    assert plain["lora_bytes"] == 0
+    assert with_lora["parts"]["loras"] == 4 * values
+    assert with_lora["lora_bytes"] == 4 * values + os.path.getsize("a.safetensors")
+    grown = with_lora["memory_bytes"] - plain["memory_bytes"]
+    assert grown == with_lora["lora_bytes"]
+
+
+def test_dry_run_on_a_device_that_is_not_here(hidream):
+    if not torch.cuda.is_available():
+        code, _, err = hidream("generate", "a cube", "--dry-run", "--device", "cuda")
+        assert code == 2
+        assert 'no device "cuda"' in err
+
+
+def test_memory_policies(hidream):
+    for name in ("auto", "stream"):
+        assert (
+            hidream("generate", "a cube", *FEW, "--seed", 7, "--memory", name, "-o", f"{name}.png")[
+                0
+            ]
+            == 0
+        )
+    assert (pixels("auto.png") == pixels("stream.png")).all()
+
+
+def test_what_cannot_fit_is_exit_5(hidream, monkeypatch):
+    from hidream.models.o1 import memory
+
+    monkeypatch.setattr(memory, "total_memory", lambda device: 1000)
+    code, out, err = hidream("generate", "a red cube", *FEW)
+    assert (code, out) == (5, "")
+    assert "--memory auto needs" in err
+
+
 def test_models(hidream, tiny_folder):
     code, out, _ = hidream("models", "list", "--json", model=False)
     names = [row["name"] for row in json.loads(out)["models"]]
@@ -292,6 +353,25 @@ def test_doctor(hidream):
     found = json.loads(out)
     assert found["hidream"] == __version__
     assert code == (4 if found["problems"] else 0)
+    rows = {(row["model"], row["size"]): row for row in found["draws"]}
+    assert rows["o1-nano", "128x128"]["fits"]
+    assert {size for name, size in rows if name == "o1"} == {"1024x1024", "2048x2048"}
+    assert all(POLICIES[row["memory"]].exact and row["seconds"] > 0 for row in rows.values())
+    _, out, _ = hidream("doctor", model=False)
+    assert "o1-nano at 128x128: --memory auto" in out
+
+
+def test_the_doctors_speed_is_what_a_picture_then_takes(hidream):
+    """Within 2×, as promised; a busy machine may spoil one try, not three."""
+    pipe = load("o1-nano")
+    ratios = []
+    for _ in range(3):
+        foretold = abilities._timed(pipe)["seconds"]
+        took = pipe(abilities.PROMPT, seed=1).timings["total"]
+        ratios.append(took / foretold)
+        if 0.5 < ratios[-1] < 2:
+            return
+    pytest.fail(f"measured over foretold: {ratios}")
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

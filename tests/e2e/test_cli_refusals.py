@@ -3,6 +3,7 @@
 All refusals run in one fresh process, which reports whether torch was imported.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -81,7 +82,7 @@ FLAGS = [
     (["generate", "x", "--strength", "0.5"], 2, ["--init"]),
     (["generate", "x", "--device", "tpu"], 2, ["tpu", "cpu"]),
     (["generate", "x", "--dtype", "int8"], 2, ["int8", "bf16"]),
-    (["generate", "x", "--memory", "low"], 2, ["--memory low"]),
+    (["generate", "x", "--memory", "lwo"], 2, ['unknown memory policy "lwo"', '"low"']),
     (["generate", "x", "--preview-every", "0"], 2, ["--preview-every 0"]),
     (["generate", "x", "--lora", "a.safetensors"], 2, ["--lora", "2 arguments"]),
     (["generate", "x", "--lora", "a.safetensors", "big"], 2, ["--lora", '"big"', "SCALE"]),
@@ -136,13 +137,19 @@ FLAGS = [
     (["describe", "a.png", "--seed", "-2"], 2, ["seed=-2"]),
     (["describe", "a.png", "--steps", "3"], 2, ['"--steps"']),
     (["describe", "a.png", "--device", "tpu"], 2, ["tpu", "cpu"]),
-    (["describe", "a.png", "--memory", "low"], 2, ["--memory low"]),
+    (["describe", "a.png", "--memory", "lwo"], 2, ['unknown memory policy "lwo"', '"low"']),
+    (["bench", "--memory", "stream"], 2, ["--memory stream", "Leave --memory out"]),
     (["describe", "a.png", "-m", "o1-nona"], 2, ['unknown model "o1-nona"', '"o1-nano"']),
     (["describe", "none.png"], 3, ["none.png", "does not exist"]),
     (["models", "inf"], 2, ['"info"']),
     (["models", "info", "o1-nona"], 2, ['"o1-nano"']),
     (["train"], 2, ["RECIPE.toml"]),
 ]
+if importlib.util.find_spec("torchao") is None:
+    FLAGS += [
+        (["generate", "x", "--memory", name], 2, ["torchao", "hidream[quant]", "--memory stream"])
+        for name in ("int8", "fp8")
+    ]
 
 
 def bomb(file, width, height):

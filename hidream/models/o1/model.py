@@ -34,6 +34,7 @@ from hidream.models.o1.decoder import Decoder
 from hidream.models.o1.patches import cosine_basis
 from hidream.models.o1.tokens import Tokens
 from hidream.models.o1.vision import VisionTokens, VisionTower
+from hidream.models.placement import Elsewhere
 from hidream.nn.attention import Backend, attention
 from hidream.nn.rope import Rope
 
@@ -101,6 +102,7 @@ class O1(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend: Backend = attention_backend
+        self.elsewhere: Elsewhere | None = None  # weights that are not always on the device
         self.model = UiT(config)
         self.lm_head = None
         if config.has_lm_head:
@@ -150,10 +152,9 @@ class O1(nn.Module):
 
         `seen` is what `see` gives for them, where that is known already.
         """
-        device = self.model.language_model.embed_tokens.weight.device
-        ids = torch.cat([r.input_ids for r in requests]).to(device)
-        hidden = self.model.language_model.embed_tokens(ids)
-        slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0].to(device)
+        table = self.model.language_model.embed_tokens
+        hidden = table(torch.cat([r.input_ids for r in requests]).to(table.weight.device))
+        slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0].to(hidden.device)
         return _place(hidden, slots, self.see(requests) if seen is None else seen)
 
     def prefill(self, requests: Sequence[Tokens], seen: VisionTokens | None = None) -> Prefix:

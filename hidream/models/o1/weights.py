@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 
 from hidream.errors import ModelError
 from hidream.folder import Folder, open_folder
+from hidream.memory import AUTO, Policy
 from hidream.models.loading import check_tensors, load_weights, tensor_shapes
 from hidream.models.o1.config import O1Config
+from hidream.models.o1.memory import check_fit
 from hidream.models.o1.model import O1
+from hidream.models.o1.placing import load_placed
 from hidream.models.o1.tokens import Tokenizer
 from hidream.nn.attention import Backend
 
@@ -65,13 +68,20 @@ def load_o1(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention_backend: Backend = "auto",
+    memory: Policy = AUTO,
 ) -> tuple[O1, Tokenizer]:
-    """Model and tokenizer of a folder in the published layout. Raises ModelError."""
-    folder = open_folder(path)
+    """Model and tokenizer of a folder in the published layout, its weights kept as `memory` says.
+
+    Raises ModelError, and MemoryExceeded where the weights cannot fit, before any is read.
+    """
+    folder, device = open_folder(path), torch.device(device)
     tokenizer = Tokenizer(folder.path)
     with torch.device("meta"):
         model = O1(config_of(folder), attention_backend)
-    return load_weights(model, folder, device=device, dtype=dtype), tokenizer
+    check_fit(model.config, memory, device=device, dtype=dtype)
+    if memory == AUTO:
+        return load_weights(model, folder, device=device, dtype=dtype), tokenizer
+    return load_placed(model, folder, memory, device=device, dtype=dtype), tokenizer
 
 
 def save_o1(
