@@ -300,7 +300,9 @@ def _dry_run(
 ) -> int:
     from hidream.cli.estimate import estimate
 
-    flags = (folder, spec, arguments.device, arguments.dtype)
+    flags: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("device", "dtype", "memory")
+    }
     known: dict[Any, dict[str, Any]] = {}  # batches that are alike
     expected = []
     for batch in batches(orders):
@@ -308,7 +310,7 @@ def _dry_run(
         together = replace(batch[0].request, seed=seeds, num_images=len(seeds))
         like = replace(together, prompt="-", negative_prompt=None, seed=tuple(range(len(seeds))))
         if like not in known:
-            known[like] = estimate(together, *flags, len(seeds))
+            known[like] = estimate(together, folder, spec, **flags, batch_size=len(seeds))
         expected.append(known[like])
     memory = max(part["memory_bytes"] for part in expected)
     seconds = sum(part["seconds"] for part in expected)

@@ -213,7 +213,8 @@ def _digest(tensors: Sequence[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(values.numpy().tobytes())
     return found.hexdigest()
 
 
