@@ -21,6 +21,7 @@ from hidream.errors import InputError, UsageError
 from hidream.metadata import Texts, find_texts, read_note, save_options
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+UNPACKED_PIXELS = 256 * 256  # up to here a preview is written faster than it is packed
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 8192 * 8192  # of a picture that is read
 MAX_BYTES = 512 * 2**20  # of a file that is read
@@ -151,7 +152,7 @@ def write_picture(
 
     `metadata` is the note that `hidream.metadata` puts into it. Nothing else that a picture brings
     along from its source goes out with it, except its colour profile. `quick`, for previews, does
-    not wait for the disk and packs a PNG less tightly.
+    not wait for the disk and packs a PNG less tightly, or not at all where it is small.
 
     Raises:
         InputError: the file exists and may not be overwritten, or cannot be written.
@@ -159,7 +160,8 @@ def write_picture(
     kind = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 95}
     if kind == "PNG":
-        options = {"compress_level": 1} if quick else {}
+        small = image.width * image.height <= UNPACKED_PIXELS
+        options = {"compress_level": 0 if small else 1} if quick else {}
     profile = image.info.get("icc_profile") or b""
     if profile[16:20] == b"RGB ":
         options["icc_profile"] = profile
