@@ -101,10 +101,10 @@ def merged(again: Again, given: Mapping[str, Any]) -> dict[str, Any]:
     if "sigmas" in given:
         found.pop("num_inference_steps", None)
         found.pop("shift", None)
-    if found.get("keep_aspect") and {"references", "init_image"} & set(given):
+    sources = {"references", "init_image"} & set(given)
+    if found.get("keep_aspect") and sources:
         found.pop("width", None)
         found.pop("height", None)
-    sources = {"references", "init_image"} & set(given)
     if "expand" in given or "sheet" in given or (found.get("expand") and sources):
         for name in ("width", "height", "keep_aspect"):
             found.pop(name, None)

@@ -69,6 +69,17 @@ def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
 
 
+def add_drawing(
+    parser: argparse.ArgumentParser, *, with_references: bool = True, with_file: bool = True
+) -> None:
+    """All flags of a command that draws: request, --prompt-file unless without, model, output."""
+    add_request(parser, with_references=with_references)
+    if with_file:
+        add_prompt_file(parser)
+    add_model(parser)
+    add_output(parser)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """-m, --variant, --device, --dtype, --memory."""
     group = parser.add_argument_group("model")

@@ -208,6 +208,10 @@ def find_model(model: str, variant: str | None) -> tuple[Spec, Path | None, Mode
         return find(model), None, error
 
 
+def warn_not_here(spec: Spec) -> None:
+    console.warn(f"{spec.name} is not on this machine: hidream models pull {spec.name}")
+
+
 def variant_is_assumed(spec: Spec, folder: Path) -> bool:
     return spec.name not in SPECS and not (folder / "hidream.json").exists()
 
@@ -268,7 +272,7 @@ def _dry_run(
     paths: Sequence[Path],
     panels: Sequence[Path],
 ) -> int:
-    from hidream.cli.estimate import estimate
+    from hidream.cli.estimate import estimate, told
 
     batch = len(next(_batches(request, paths))[1])
     expected = estimate(
@@ -281,7 +285,7 @@ def _dry_run(
         memory=arguments.memory,
     )
     if folder is None:
-        console.warn(f"{spec.name} is not on this machine: hidream models pull {spec.name}")
+        warn_not_here(spec)
     policies = {row["name"]: row for row in expected["policies"]}
     if not policies[arguments.memory]["fits"]:
         console.warn(_may_not_fit(arguments.memory, policies))
@@ -294,12 +298,8 @@ def _dry_run(
         if value not in (None, [], "off", False):
             print(f"{name:<20} {value}")
     print(f"{'output':<20} {', '.join(map(str, [*paths, *panels]))}")
-    print(
-        f"{'estimate':<20} {console.size(expected['memory_bytes'])} of memory (of "
-        f"{console.size(expected['available_bytes'])} free), about "
-        f"{console.duration(expected['seconds'])} on {expected['device']}; arithmetic, not a "
-        "measurement"
-    )
+    names = ("memory_bytes", "available_bytes", "seconds", "device")
+    print(f"{'estimate':<20} {told(**{name: expected[name] for name in names})}")
     for name, row in policies.items():
         beside = f" and {console.size(row['cpu_bytes'])} of CPU memory" if row["cpu_bytes"] else ""
         fits = "" if row["fits"] else ", which may not fit"

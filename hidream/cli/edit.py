@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from hidream.cli.arguments import (
-    Parser,
-    add_model,
-    add_output,
-    add_prompt_file,
-    add_request,
-    request_fields,
-)
+from hidream.cli.arguments import Parser, add_drawing, request_fields
 from hidream.cli.drawing import draw
 
 EXAMPLES = """\
@@ -32,10 +25,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="the picture to change")
     parser.add_argument("prompt", nargs="?", metavar="INSTRUCTION", help="what to change")
-    add_request(parser, with_references=False)
-    add_prompt_file(parser)
-    add_model(parser)
-    add_output(parser)
+    add_drawing(parser, with_references=False)
     arguments = parser.parse(argv)
     if arguments.prompt is None and not arguments.from_picture and not arguments.prompt_file:
         missing = "INSTRUCTION" if arguments.image else "IMAGE, INSTRUCTION"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hidream.cli import console
 from hidream.folder import Folder
-from hidream.limits import batch_size as most_together
 from hidream.lora_file import linear_layers, read_lora
 from hidream.memory import POLICIES, Policy, available
 from hidream.registry import Spec
@@ -46,6 +46,7 @@ def estimate(
     batch = batch_of(config, request, batch_size)
     loras, lora_files = _lora_bytes(request, config, number.itemsize)
     flops, seconds = _work(config, request, batch, place, number)
+    num_calls = _num_calls(request, batch)
     free, free_cpu = free_memory(place), _free_cpu()
     rows = []
     for policy in POLICIES.values():
@@ -62,7 +63,7 @@ def estimate(
                 "fits": device_bytes <= free and cpu_bytes <= free_cpu,
                 "available": available(policy),
                 "seconds": round(
-                    _with_streaming(seconds, config, policy, request, place, number), 2
+                    _with_streaming(seconds, config, policy, num_calls, place, number), 2
                 ),
             }
         )
@@ -81,6 +82,14 @@ def estimate(
         },
         "policies": rows,
     }
+
+
+def told(memory_bytes: int, available_bytes: int, seconds: float, device: str) -> str:
+    """An estimate in words."""
+    return (
+        f"{console.size(memory_bytes)} of memory (of {console.size(available_bytes)} free), about "
+        f"{console.duration(seconds)} on {device}; arithmetic, not a measurement"
+    )
 
 
 def batch_of(config: O1Config, request: GenerateRequest, num_pictures: int) -> BatchSize:
@@ -140,6 +149,11 @@ def _evaluations(request: GenerateRequest) -> int:
     return max(1, round(evaluations * (request.strength or 1)))
 
 
+def _num_calls(request: GenerateRequest, batch: BatchSize) -> int:
+    """Calls of the network; both guidance branches of a batch are one."""
+    return _evaluations(request) * -(-len(request.seeds) // batch.num_pictures)
+
+
 def _work(
     config: O1Config,
     request: GenerateRequest,
@@ -156,11 +170,10 @@ def _work(
     generated = batch.num_target + batch.num_references
     attention = 4 * generated * (generated + batch.num_prefix) * text.num_heads * text.head_dim
     forward = text.num_layers * (2 * generated * per_layer + attention)
-    num_images, evaluations = len(request.seeds), _evaluations(request)
-    flops = forward * batch.num_branches * evaluations * num_images
+    flops = forward * batch.num_branches * _evaluations(request) * len(request.seeds)
     rows = batch.num_pictures * batch.num_branches * generated
     speed = flops_a_second((rows, text.hidden_size, text.intermediate_size), device, dtype)
-    num_calls = evaluations * -(-num_images // batch.num_pictures)
+    num_calls = _num_calls(request, batch)
     seconds = flops / speed + num_calls * text.num_layers * seconds_a_layer(device, dtype)
     return flops, seconds
 
@@ -169,7 +182,7 @@ def _with_streaming(
     seconds: float,
     config: O1Config,
     policy: Policy,
-    request: GenerateRequest,
+    num_calls: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
@@ -180,8 +193,6 @@ def _with_streaming(
     num_bytes = streamed_bytes(config, policy, width=dtype.itemsize)
     if not num_bytes:
         return seconds
-    most = most_together(request.width or 1, request.height or 1)
-    num_calls = _evaluations(request) * -(-len(request.seeds) // most)
     copying = num_calls * num_bytes / bytes_a_second(device, dtype)
     return max(seconds, copying) if device.type == "cuda" else seconds + copying
 

@@ -18,6 +18,7 @@ from hidream.cli.drawing import (
     check_pictures,
     find_model,
     variant_is_assumed,
+    warn_not_here,
 )
 from hidream.cli.loading import load_pipeline
 from hidream.cli.previews import Previews, check_previews
@@ -298,7 +299,7 @@ def _draw(
 def _dry_run(
     arguments: argparse.Namespace, orders: Sequence[Order], spec: Spec, folder: Folder | None
 ) -> int:
-    from hidream.cli.estimate import estimate
+    from hidream.cli.estimate import estimate, told
 
     flags: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("device", "dtype", "memory")
@@ -316,7 +317,7 @@ def _dry_run(
     seconds = sum(part["seconds"] for part in expected)
     device, available = expected[0]["device"], expected[0]["available_bytes"]
     if folder is None:
-        console.warn(f"{spec.name} is not on this machine: hidream models pull {spec.name}")
+        warn_not_here(spec)
     if memory > available:
         console.warn("this may not fit the memory.")
     outputs = [str(path) for order in orders for path in order.paths]
@@ -337,7 +338,6 @@ def _dry_run(
         print(f"{', '.join(map(str, order.paths))}  {order.request.prompt}")
     print(
         f"{len(orders)} requests, {len(outputs)} pictures, {len(expected)} batches: "
-        f"{console.size(memory)} of memory (of {console.size(available)} free), about "
-        f"{console.duration(seconds)} on {device}; arithmetic, not a measurement"
+        f"{told(memory, available, seconds, device)}"
     )
     return 0

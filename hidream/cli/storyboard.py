@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hidream.camera import CAMERA
-from hidream.cli.arguments import (
-    Parser,
-    add_model,
-    add_output,
-    add_panels,
-    add_request,
-    request_fields,
-)
+from hidream.cli.arguments import Parser, add_drawing, add_panels, request_fields
 from hidream.cli.drawing import draw
 from hidream.errors import HidreamError, InputError, UsageError
 from hidream.request import GenerateRequest
@@ -85,9 +78,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("script", nargs="?", metavar="SCRIPT", help="what the panels show")
     add_panels(parser)
-    add_request(parser)
-    add_model(parser)
-    add_output(parser)
+    add_drawing(parser, with_file=False)
     arguments = parser.parse(argv)
     given = request_fields(arguments)
     if arguments.script is not None:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from hidream.cli.arguments import (
-    Parser,
-    add_model,
-    add_output,
-    add_prompt_file,
-    add_request,
-    request_fields,
-)
+from hidream.cli.arguments import Parser, add_drawing, request_fields
 from hidream.cli.drawing import draw
 
 EXAMPLES = """\
@@ -26,10 +19,7 @@ def run(argv: list[str]) -> int:
         epilog=EXAMPLES,
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
-    add_request(parser)
-    add_prompt_file(parser)
-    add_model(parser)
-    add_output(parser)
+    add_drawing(parser)
     arguments = parser.parse(argv)
     given = request_fields(arguments)
     if not arguments.from_picture:

@@ -175,22 +175,20 @@ def _added(dice: Dice, objects: tuple[Object, ...]) -> tuple[Object, str, int] |
             size = smaller(size)
             continue
         x, y = centre[0]
-        thing = Object(kind=kind, color=color, size=size, x=round(x, 4), y=round(y, 4))
+        thing = Object(kind=kind, color=color, size=size, x=x, y=y)
         if not relation or holds(relation, thing.box, boxes[j], 0.7):
             return thing, relation, j
     return None
 
 
 def _moved(dice: Dice, objects: tuple[Object, ...], i: int) -> tuple[Object, str] | None:
-    """Object i at one side of the picture, its other coordinate kept; or None for no room."""
+    """Object i at one side of the picture, its other coordinate kept; None if it is there."""
     thing = objects[i]
     width, height = thing.extent
     side = dice.pick(("left", "right", "top", "bottom"))
     x, y = thing.x, thing.y
     columns = lattice(MARGIN + width / 2, 1 - MARGIN - width / 2)
     rows = lattice(MARGIN + height / 2, 1 - MARGIN - height / 2)
-    if not columns or not rows:
-        return None
     if side == "left":
         x = columns[0]
     elif side == "right":
@@ -201,7 +199,7 @@ def _moved(dice: Dice, objects: tuple[Object, ...], i: int) -> tuple[Object, str
         y = rows[-1]
     if abs(x - thing.x) + abs(y - thing.y) < 0.2:
         return None
-    return replace(thing, x=round(x, 4), y=round(y, 4)), side
+    return replace(thing, x=x, y=y), side
 
 
 _RECOLOUR = (

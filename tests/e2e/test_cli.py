@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hidream import __version__
-from hidream.cli import abilities, main
+from hidream.cli import abilities
 from hidream.memory import POLICIES
 from hidream.pictures import read_metadata, read_picture
 from hidream.pipelines import load
@@ -25,20 +25,6 @@ FEW = ["--steps", "2", "--size", "32x32"]
 
 def pixels(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-@pytest.fixture
-def hidream(tiny_folder, tmp_path, capsys, monkeypatch):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(command, *arguments, model=True):
-        chosen = ["-m", str(tiny_folder)] if model else []
-        code = main([command, *map(str, arguments), *chosen])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def test_generate_prints_the_path_and_shows_progress(hidream):

@@ -10,25 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from hidream.cli import main
 from hidream.pictures import read_metadata, read_texts
 from tests import tiny
 
 FEW = ["--steps", "1", "--size", "32x32", "--seed", "3"]
-
-
-@pytest.fixture
-def hidream(tiny_folder, tmp_path, capsys, monkeypatch):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(command, *arguments, model=tiny_folder):
-        chosen = ["-m", str(model)] if model else []
-        code = main([command, *map(str, arguments), *chosen])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def again(hidream, command, picture, *arguments, output="again.png"):

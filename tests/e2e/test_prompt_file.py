@@ -11,27 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hidream.cli import main
 from hidream.pictures import read_metadata
 from hidream.pipelines import Pipeline
 from hidream.request import GenerateRequest
 from tests import tiny
 
 FEW = ["--steps", "2", "--size", "32x32"]
-
-
-@pytest.fixture
-def hidream(tiny_folder, tmp_path, capsys, monkeypatch):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(command, *arguments, model=True):
-        chosen = ["-m", str(tiny_folder)] if model else []
-        code = main([command, *map(str, arguments), *chosen])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

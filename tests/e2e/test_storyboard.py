@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hidream.cli import main
 from hidream.pictures import read_metadata
 from tests import tiny
 
@@ -20,17 +19,10 @@ FEW = ["--steps", "1", "--seed", "3"]
 
 
 @pytest.fixture
-def hidream(tiny_folder, tmp_path, capsys, monkeypatch):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+def hidream(hidream):
+    """The shared one, with a script lying there."""
     Path("story.txt").write_text("a red cube\na blue cube\nthe red cube and the blue one\n")
-
-    def run(command, *arguments, model=True):
-        chosen = ["-m", str(tiny_folder)] if model else []
-        code = main([command, *map(str, arguments), *chosen])
-        return code, *capsys.readouterr()
-
-    return run
+    return hidream
 
 
 def pixels(path):
