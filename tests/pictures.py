@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.pages import Page, all_pages
+from tests.pages import ROOT, Page, all_pages
 
 
 def make(page: Page) -> None:
@@ -21,7 +21,7 @@ def make(page: Page) -> None:
         for name, place in page.pictures.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(folder) / name, place)
-            print(place)
+            print(place.relative_to(ROOT))
     page.path.write_text(page.with_outputs(ran), encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ def test_what_the_page_shows_is_what_comes_out(tmp_path, monkeypatch):
     assert (pixels("again.png") == pixels("yellow.png")).all()
     assert (pixels("part.png")[:, :64] == pixels("cube.png")[:, :64]).all()
     assert (pixels("more.png")[:128, 32:160] == pixels("cube.png")).all()
-    assert len(read_metadata("carried.png")["embedded"]) == 1
+    assert len(read_metadata("again.png")["embedded"]) == 1
 
 
 def test_every_command_that_draws_or_reads_is_there():
