@@ -40,14 +40,16 @@ class Objective:
     """What is minimised, and how the noise level is drawn. `t = 1 - sigma` (1 is data).
 
     t = sigmoid(t_mean + t_std * n) with n standard normal, stratified over the step's batch.
-    `delta` bounds the weight 1/sigma^2 from above; `lm_weight` scales the cross-entropy of answers
-    and `caption_weight` that of the captions inside picture samples.
+    `delta` bounds the weight 1/sigma^2 from above; `t_power` weights an error by t^t_power besides
+    (see `losses.picture_loss`), and so makes it smaller beside those of text; `lm_weight` scales
+    the cross-entropy of answers and `caption_weight` that of the captions inside picture samples.
     """
 
     noise_scale: float = 1.0
     t_mean: float = -0.8
     t_std: float = 0.8
     delta: float = 0.05
+    t_power: float = 0.0
     caption_dropout: float = 0.1
     reference_dropout: float = 0.02
     lm_weight: float = 0.1
