@@ -1,0 +1,158 @@
+"""A feed-forward layer of experts: every token goes to a few of them, and all to a shared one.
+
+    out = sum over the token's k experts of p_e · expert_e(x)  +  shared(x)
+
+`p` is the softmax over all experts; the chosen ones are not brought to a sum of 1. There is no
+capacity: no token is dropped, and an expert that nobody picks costs nothing.
+
+Tokens are sorted by expert, so that an expert's rows lie side by side, and each of the three maps
+is one product per expert. On a GPU, and wherever the graph is traced, all experts' products are
+one grouped kernel that takes the borders as a tensor: the host never waits to learn them. On a CPU
+there is nothing to wait for, and a loop over the segments spares the copy that puts the experts'
+weights side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """Where a router sent `n` tokens: every expert's probability, the `k` chosen and theirs."""
+
+    probabilities: Float[Tensor, "n e"]
+    experts: Int[Tensor, "n k"]
+    weights: Float[Tensor, "n k"]
+
+
+def expert_loads(routing: Routing) -> Float[Tensor, " e"]:
+    """Each expert's share of all assignments, adding up to 1; no gradient."""
+    num_experts = routing.probabilities.shape[1]
+    of_expert = routing.experts.flatten()[:, None] == _range(num_experts, routing.experts)
+    return of_expert.float().mean(dim=0)
+
+
+def balance_loss(routing: Routing) -> Float[Tensor, ""]:
+    """E · sum of load_e · mean p_e: 1 when tokens are spread evenly, E when all go one way.
+
+    Switch Transformer (arXiv 2101.03961), eq. 4, without its factor. Its gradient lowers the
+    probabilities of experts that are picked often.
+    """
+    loads = expert_loads(routing)
+    return len(loads) * (loads * routing.probabilities.float().mean(dim=0)).sum()
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) · w3 x), without biases: SwiGLU (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, size: int, hidden_size: int):
+        super().__init__()
+        self.w1 = nn.Linear(size, hidden_size, bias=False)
+        self.w2 = nn.Linear(hidden_size, size, bias=False)
+        self.w3 = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Router(nn.Module):
+    """Scores every token for every expert and picks the `top_k` likeliest."""
+
+    def __init__(self, size: int, num_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.zeros(num_experts, size))
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Routing:
+        probabilities = F.linear(x, self.weight).softmax(dim=-1)
+        weights, experts = probabilities.topk(self.top_k, dim=-1, sorted=False)
+        return Routing(probabilities, experts, weights)
+
+
+class MixtureOfExperts(nn.Module):
+    """`num_experts` routed feed-forward layers, of which a token uses `top_k`, and a shared one."""
+
+    def __init__(
+        self, size: int, *, num_experts: int, top_k: int, expert_size: int, shared_size: int
+    ):
+        super().__init__()
+        self.shared_experts = FeedForward(size, shared_size)
+        self.experts = nn.ModuleList(FeedForward(size, expert_size) for _ in range(num_experts))
+        self.gate = Router(size, num_experts, top_k)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, "*b d"], Routing]:
+        tokens = x.flatten(0, -2)  # (n, d)
+        routing = self.gate(tokens)
+        k = routing.experts.shape[1]
+        of_expert, order = routing.experts.flatten().sort(stable=True)  # (n k)
+        rows = tokens[order // k]
+        ends = torch.searchsorted(of_expert, _range(len(self.experts), of_expert), right=True)
+        run = self._grouped if self._in_one(rows) else self._one_by_one
+        out = run(rows, ends)
+        back = torch.empty_like(order).scatter_(0, order, _range(len(order), order))
+        chosen = out[back].unflatten(0, (-1, k))  # (n, k, d)
+        mixed = (routing.weights[:, None] @ chosen)[:, 0]
+        return (mixed + self.shared_experts(tokens)).view_as(x), routing
+
+    def _in_one(self, rows: Tensor) -> bool:
+        """Whether all experts' products are one kernel: plain weights where a sync would cost."""
+        if rows.device.type != "cuda" and not torch.compiler.is_compiling():
+            return False
+        layers = [w for e in self.experts for w in (e.w1, e.w2, e.w3)]
+        return all(type(w) is nn.Linear and type(w.weight) is nn.Parameter for w in layers)
+
+    def _grouped(self, rows: Float[Tensor, "m d"], ends: Int[Tensor, " e"]) -> Tensor:
+        w1, w2, w3 = (
+            side_by_side([getattr(expert, name).weight for expert in self.experts])
+            for name in ("w1", "w2", "w3")
+        )
+        offsets = ends.to(torch.int32)
+
+        def product(x: Tensor, weight: Tensor) -> Tensor:
+            return torch._grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+        return product(F.silu(product(rows, w1)) * product(rows, w3), w2)
+
+    def _one_by_one(self, rows: Float[Tensor, "m d"], ends: Int[Tensor, " e"]) -> Tensor:
+        lengths = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        segments = zip(self.experts, rows.split(lengths), strict=True)
+        return torch.cat([expert(segment) for expert, segment in segments])
+
+
+def side_by_side(weights: Sequence[Float[Tensor, "o i"]]) -> Float[Tensor, "e o i"]:
+    """The weights as one tensor: a view where they already lie so (see `pack`), else a copy."""
+    first = weights[0]
+    lie_so = not torch.compiler.is_compiling() and all(
+        not w.requires_grad
+        and w.data_ptr() == first.data_ptr() + i * first.nbytes
+        and w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for i, w in enumerate(weights)
+    )
+    if lie_so:
+        return first.as_strided((len(weights), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack(list(weights))
+
+
+def pack(module: nn.Module) -> None:
+    """Move the weights of every mixture's experts side by side, so that no step copies them.
+
+    For inference: the weights need no gradient, before and after.
+    """
+    for mixture in module.modules():
+        if not isinstance(mixture, MixtureOfExperts):
+            continue
+        for name in ("w1", "w2", "w3"):
+            layers = [getattr(expert, name) for expert in mixture.experts]
+            together = torch.stack([layer.weight.detach() for layer in layers])
+            for layer, weight in zip(layers, together, strict=True):
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _range(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)
