@@ -33,6 +33,7 @@ from hidream.models.i1.layers import DoubleBlock, SingleBlock
 from hidream.models.i1.model import I1, Features
 from hidream.models.placement import empty_out
 from hidream.nn.moe import Router, Routing
+from tests.parity.i1_weights import random_state
 
 Change = Callable[[dict[str, Tensor]], None]
 
@@ -112,19 +113,6 @@ class Inputs:
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
-def random_state(config: I1Config, generator: torch.Generator) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in I1(config).state_dict().items()}
-    state = {}
-    for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            state[name] = 0.2 * noise + ("norm" in name)
-        else:
-            state[name] = noise / shape[1] ** 0.5
-    return state
 
 
 def build(case: Case, generator: torch.Generator) -> tuple[HiDreamImageTransformer2DModel, I1]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hidream.errors import ModelError
+from hidream.folder import TRANSFORMER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class I1Config:
     def to_dict(self) -> dict[str, Any]:
         """The published transformer's `config.json`."""
         return {
-            "_class_name": CLASS_NAME,
+            "_class_name": TRANSFORMER,
             "attention_head_dim": self.head_dim,
             "axes_dims_rope": list(self.rope_dims),
             "caption_channels": [self.t5_size, self.llama_size],
@@ -145,7 +146,6 @@ class I1Config:
         }
 
 
-CLASS_NAME = "HiDreamImageTransformer2DModel"
 _MAY_BE_ZERO = ("num_layers", "num_single_layers", "num_experts", "rope_dims", "llama_layers")
 
 
