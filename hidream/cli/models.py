@@ -193,9 +193,10 @@ def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Co
     from hidream.models.i1 import config as i1
     from hidream.models.o1 import config as o1
 
-    if model not in SPECS and model in (*o1.SIZES, *i1.SIZES):
-        in_o1 = model in o1.SIZES
-        return find("o1" if in_o1 else "i1-full"), None, {**o1.SIZES, **i1.SIZES}[model]
+    if model not in SPECS and model in o1.SIZES:
+        return find("o1"), None, o1.SIZES[model]
+    if model not in SPECS and model in i1.SIZES:
+        return find("i1-full"), None, i1.SIZES[model]
     try:
         spec, path = locate(model, variant=variant, runs=False)
     except ModelError:

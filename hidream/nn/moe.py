@@ -35,7 +35,8 @@ class Routing(NamedTuple):
 def expert_loads(routing: Routing) -> Float[Tensor, " e"]:
     """Each expert's share of all assignments, adding up to 1; no gradient."""
     num_experts = routing.probabilities.shape[1]
-    of_expert = routing.experts.flatten()[:, None] == _range(num_experts, routing.experts)
+    numbers = torch.arange(num_experts, device=routing.experts.device)
+    of_expert = routing.experts.flatten()[:, None] == numbers
     return of_expert.float().mean(dim=0)
 
 
@@ -59,7 +60,10 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(size, hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        hidden = self.w1(x)
+        if torch.is_grad_enabled():
+            return self.w2(F.silu(hidden) * self.w3(x))
+        return self.w2(F.silu(hidden, inplace=True).mul_(self.w3(x)))
 
 
 class Router(nn.Module):
@@ -92,18 +96,16 @@ class MixtureOfExperts(nn.Module):
         routing = self.gate(tokens)
         way = self._way(tokens)
         if way == "all":
-            mixed = self._all(tokens, routing)
+            chosen, weights = self._all(tokens, routing)
         else:
-            run = self._grouped if way == "grouped" else self._one_by_one
-            k = routing.experts.shape[1]
             of_expert, order = routing.experts.flatten().sort(stable=True)  # (n k)
-            places = _range(len(self.experts), of_expert)
+            places = torch.arange(len(self.experts), device=x.device)
             ends = torch.searchsorted(of_expert, places, right=True)
-            out = run(tokens[order // k], ends)
-            back = torch.empty_like(order).scatter_(0, order, _range(len(order), order))
-            chosen = out[back].unflatten(0, (-1, k))  # (n, k, d)
-            mixed = (routing.weights[:, None] @ chosen)[:, 0]
-        return (mixed + self.shared_experts(tokens)).view_as(x), routing
+            run = self._grouped if way == "grouped" else self._one_by_one
+            weights = routing.weights
+            chosen = run(tokens, order, ends).view(*weights.shape, -1)  # (n, k, d)
+        shared = self.shared_experts(tokens)[:, None]
+        return torch.baddbmm(shared, weights[:, None], chosen).view_as(x), routing
 
     def _way(self, tokens: Tensor) -> Literal["grouped", "one by one", "all"]:
         """How the experts are computed.
@@ -121,7 +123,9 @@ class MixtureOfExperts(nn.Module):
             return "grouped"
         return "all" if traced else "one by one"
 
-    def _grouped(self, rows: Float[Tensor, "m d"], ends: Int[Tensor, " e"]) -> Tensor:
+    def _grouped(
+        self, tokens: Float[Tensor, "n d"], order: Int[Tensor, " m"], ends: Int[Tensor, " e"]
+    ) -> Float[Tensor, "m d"]:
         w1, w2, w3 = (
             side_by_side([getattr(expert, name).weight for expert in self.experts])
             for name in ("w1", "w2", "w3")
@@ -131,23 +135,31 @@ class MixtureOfExperts(nn.Module):
         def product(x: Tensor, weight: Tensor) -> Tensor:
             return torch._grouped_mm(x, weight.transpose(1, 2), offs=offsets)
 
-        return product(F.silu(product(rows, w1)) * product(rows, w3), w2)
+        rows = tokens[order // (len(order) // len(tokens))]
+        out = product(F.silu(product(rows, w1)) * product(rows, w3), w2)
+        places = torch.arange(len(order), device=order.device)
+        return out[torch.empty_like(order).scatter_(0, order, places)]
 
-    def _one_by_one(self, rows: Float[Tensor, "m d"], ends: Int[Tensor, " e"]) -> Tensor:
-        lengths = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        segments = zip(self.experts, rows.split(lengths), strict=True)
-        return torch.cat([expert(segment) for expert, segment in segments])
+    def _one_by_one(
+        self, tokens: Float[Tensor, "n d"], order: Int[Tensor, " m"], ends: Int[Tensor, " e"]
+    ) -> Float[Tensor, "m d"]:
+        k = len(order) // len(tokens)
+        segments = order.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        outs = [
+            expert(tokens[segment // k])
+            for expert, segment in zip(self.experts, segments, strict=True)
+        ]
+        chosen = outs[0].new_empty(len(order), tokens.shape[1])
+        for segment, out in zip(segments, outs, strict=True):
+            chosen.index_copy_(0, segment, out)
+        return chosen
 
-    def _all(self, tokens: Float[Tensor, "n d"], routing: Routing) -> Float[Tensor, "n d"]:
-        shares = torch.zeros_like(routing.probabilities)
-        shares = shares.scatter(1, routing.experts, routing.weights).unbind(1)
-        return sum(
-            (
-                share[:, None] * expert(tokens)
-                for share, expert in zip(shares, self.experts, strict=True)
-            ),
-            start=torch.zeros_like(tokens),
-        )
+    def _all(
+        self, tokens: Float[Tensor, "n d"], routing: Routing
+    ) -> tuple[Float[Tensor, "n e d"], Float[Tensor, "n e"]]:
+        none = torch.zeros_like(routing.probabilities)
+        shares = none.scatter(1, routing.experts, routing.weights)
+        return torch.stack([expert(tokens) for expert in self.experts], dim=1), shares
 
 
 def side_by_side(weights: Sequence[Float[Tensor, "o i"]]) -> Float[Tensor, "e o i"]:
@@ -177,7 +189,3 @@ def pack(module: nn.Module) -> None:
             together = torch.stack([layer.weight.detach() for layer in layers])
             for layer, weight in zip(layers, together, strict=True):
                 layer.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def _range(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device)

@@ -58,8 +58,12 @@ def rotate_pairs(
     cos, sin = (t.unsqueeze(-2) for t in rope)  # (l, 1, r)
     rotated = 2 * cos.shape[-1]
     before, turned, after = x.split([first, rotated, x.shape[-1] - first - rotated], dim=-1)
-    even, odd = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
+    pairs = turned.float().unflatten(-1, (-1, 2))
+    if pairs.is_cuda or torch.compiler.is_compiling():
+        even, odd = pairs.unbind(-1)
+        pairs = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
+    else:  # one pass over memory instead of eight
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return torch.cat([before, pairs.flatten(-2).to(x.dtype), after], dim=-1)
 
 

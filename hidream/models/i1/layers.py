@@ -70,7 +70,7 @@ class Attention(nn.Module):
         """Of one stream: what its first `num_read` tokens read in all of them."""
         q, k, v = self._project(hidden, num_read)
         out = self._read(where.rotate(q), where.keys(k), v, where)
-        return self.to_out(out)
+        return self._layer("to_out", out)
 
     def joint(
         self,
@@ -89,19 +89,20 @@ class Attention(nn.Module):
             where,
         )
         of_image, of_text = out.split(list(num_read), dim=1)
-        return self.to_out(of_image), self.to_out_t(of_text)
+        return self._layer("to_out", of_image), self._layer("to_out_t", of_text)
 
     def _project(
         self, hidden: Tensor, num_read: int, suffix: str = ""
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def layer(name: str, x: Tensor) -> Tensor:
-            return getattr(self, name + suffix)(x)
-
-        q = layer("q_rms_norm", layer("to_q", hidden[:, :num_read]))
-        k = layer("k_rms_norm", layer("to_k", hidden))
-        v = layer("to_v", hidden)
+        q = self._layer("q_rms_norm" + suffix, self._layer("to_q" + suffix, hidden[:, :num_read]))
+        k = self._layer("k_rms_norm" + suffix, self._layer("to_k" + suffix, hidden))
+        v = self._layer("to_v" + suffix, hidden)
         q, k, v = (rearrange(t, "b l (h d) -> b l h d", d=self.head_dim) for t in (q, k, v))
         return q, k, v
+
+    def _layer(self, name: str, x: Tensor) -> Tensor:
+        layer: nn.Module = getattr(self, name)
+        return layer(x)
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         out = attention(q, k, v, bias=where.bias, backend=where.backend)
@@ -138,11 +139,12 @@ class DoubleBlock(nn.Module):
             num_needed,
             where,
         )
-        image = image[:, : num_needed[0]] + gate * read
+        image = torch.addcmul(image[:, : num_needed[0]], gate, read)
         out, routing = _fed(self.ff_i, modulate(image, shift_ff, scale_ff))
-        image = image + gate_ff * out
-        text = text[:, : num_needed[1]] + gate_t * read_t
-        text = text + gate_ff_t * self.ff_t(modulate(text, shift_ff_t, scale_ff_t))
+        image = torch.addcmul(image, gate_ff, out)
+        text = torch.addcmul(text[:, : num_needed[1]], gate_t, read_t)
+        out_t = self.ff_t(modulate(text, shift_ff_t, scale_ff_t))
+        text = torch.addcmul(text, gate_ff_t, out_t)
         return image, text, routing
 
 
@@ -167,9 +169,10 @@ class SingleBlock(nn.Module):
         """`caption` is read and goes; of the rest, the first `num_needed` are computed."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation[:, :, None].unbind(1)
         whole = modulate(torch.cat([hidden, caption], dim=1), shift, scale)
-        hidden = hidden[:, :num_needed] + gate * self.attn1(whole, num_needed, where)
+        read = self.attn1(whole, num_needed, where)
+        hidden = torch.addcmul(hidden[:, :num_needed], gate, read)
         out, routing = _fed(self.ff_i, modulate(hidden, shift_ff, scale_ff))
-        return hidden + gate_ff * out, routing
+        return torch.addcmul(hidden, gate_ff, out), routing
 
 
 class Named(nn.Module):

@@ -311,14 +311,15 @@ class I1(nn.Module):
                 on_layer()
             last = i == self.config.num_blocks - 1
             caption, modulation = prefix.captions[i], modulations.blocks[i]
+            num_read = patches.shape[1] if last else num_image
             if isinstance(block, DoubleBlock):
-                needed = (patches.shape[1], 0) if last else (num_image, text.shape[1])
+                needed = (num_read, 0 if last else text.shape[1])
                 hidden, text, routing = block(hidden, text, caption, modulation, where, needed)
             else:
                 if i == self.config.num_layers:
                     hidden = torch.cat([hidden, text], dim=1)
-                needed = patches.shape[1] if last else hidden.shape[1]
-                hidden, routing = block(hidden, caption, modulation, where, needed)
+                num_read = num_read if last else hidden.shape[1]
+                hidden, routing = block(hidden, caption, modulation, where, num_read)
             routings.append(routing)
         out = -self.final_layer(hidden, modulations.final).float()
         out = rearrange(
@@ -338,9 +339,9 @@ class I1(nn.Module):
     def prefill_modules(self) -> dict[str, nn.Module]:
         """The modules, by name, that no step needs after a prefill with its sigmas."""
         names = ["t_embedder", "p_embedder", "caption_projection", "final_layer.adaLN_modulation"]
-        for stream in ("double_stream_blocks", "single_stream_blocks"):
-            for i in range(len(self.get_submodule(stream))):
-                names.append(f"{stream}.{i}.block.adaLN_modulation")
+        counts = (self.config.num_layers, self.config.num_single_layers)
+        for stream, count in zip(("double", "single"), counts, strict=True):
+            names += [f"{stream}_stream_blocks.{i}.block.adaLN_modulation" for i in range(count)]
         return {name: self.get_submodule(name) for name in names}
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
