@@ -49,11 +49,12 @@ def interleaved_mrope(
 
 
 def rotate_pairs(
-    x: Float[Tensor, "*b l h d"], rope: Rope, first: int = 0
+    x: Float[Tensor, "*b l h d"], rope: Rope, first: int = 0, *, overwrite: bool = False
 ) -> Float[Tensor, "*b l h d"]:
     """Rotate the pairs (x_i, x_{i+1}), i = first, first + 2, …, by the angles in `rope`, in fp32.
 
     `rope` has (l, r) angles, one a pair; dimensions before `first` and from `first + 2r` stay.
+    With `overwrite` the result may be `x` itself.
     """
     cos, sin = (t.unsqueeze(-2) for t in rope)  # (l, 1, r)
     rotated = 2 * cos.shape[-1]
@@ -63,7 +64,11 @@ def rotate_pairs(
         even, odd = pairs.unbind(-1)
         pairs = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
     else:  # one pass over memory instead of eight
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        points, turn = torch.view_as_complex(pairs), torch.complex(cos, sin)
+        if overwrite and x.dtype == torch.float32:
+            points.mul_(turn)
+            return x
+        pairs = torch.view_as_real(points * turn)
     return torch.cat([before, pairs.flatten(-2).to(x.dtype), after], dim=-1)
 
 

@@ -114,3 +114,17 @@ def test_neighbouring_pairs_by_hand():
     expected[4:6] = 2 * torch.stack([-angles[1].sin(), angles[1].cos()])
     expected[6:8] = 3 * torch.stack([angles[2].cos(), angles[2].sin()])
     torch.testing.assert_close(turned, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbouring_pairs_every_way(dtype, monkeypatch):
+    """As complex numbers, as traced, and in place: the same, and only where it was said to be."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 16, generator=generator).to(dtype)
+    before = x.clone()
+    rope = axial_angles(torch.arange(10).view(2, 5), (6, 4), 100.0)
+    turned = rotate_pairs(x, rope, first=4)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(rotate_pairs(x.clone(), rope, first=4, overwrite=True), turned)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate_pairs(x, rope, first=4), turned)

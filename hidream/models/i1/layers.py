@@ -38,8 +38,9 @@ class Where:
     backend: Backend = "auto"
 
     def rotate(self, x: Float[Tensor, "b l h d"]) -> Float[Tensor, "b l h d"]:
+        """Where no gradient is asked for, x itself is rotated."""
         cos, sin = (t[: x.shape[1]] for t in self.rope)
-        return rotate_pairs(x, (cos, sin), self.first)
+        return rotate_pairs(x, (cos, sin), self.first, overwrite=not torch.is_grad_enabled())
 
     def keys(self, k: Float[Tensor, "b l h d"]) -> Float[Tensor, "b l h d"]:
         """Rotated, and the padding's zero: the published mask multiplies keys, not logits."""
@@ -62,7 +63,7 @@ class Attention(nn.Module):
             for name in ("to_q", "to_k", "to_v", "to_out"):
                 self.add_module(name + suffix, nn.Linear(size, size))
             for name in ("q_rms_norm", "k_rms_norm"):
-                self.add_module(name + suffix, nn.RMSNorm(size, eps=1e-5))
+                self.add_module(name + suffix, RMSNorm(size))
 
     def forward(
         self, hidden: Float[Tensor, "b l d"], num_read: int, where: Where
@@ -107,6 +108,22 @@ class Attention(nn.Module):
     def _read(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         out = attention(q, k, v, bias=where.bias, backend=where.backend)
         return rearrange(out, "b l h d -> b l (h d)")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight; where no gradient is asked for, x itself may become it."""
+
+    def __init__(self, size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.is_cuda:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        # PyTorch has no kernel for this on a CPU, and makes four tensors on the way.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.mul_((length.square() / x.shape[-1] + self.eps).rsqrt()).mul_(self.weight)
 
 
 class DoubleBlock(nn.Module):
@@ -259,6 +276,8 @@ def modulate(
     x: Float[Tensor, "b l d"], shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]
 ) -> Float[Tensor, "b l d"]:
     """norm(x) · (1 + scale) + shift; the norm has no weights."""
+    if len(x) == 1:  # then these are weights, and all is one pass over memory
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 

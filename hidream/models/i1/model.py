@@ -44,6 +44,7 @@ from hidream.models.i1.layers import (
     Named,
     PatchEmbedder,
     PooledEmbedder,
+    RMSNorm,
     SingleBlock,
     TimestepEmbedder,
     Where,
@@ -356,8 +357,8 @@ class I1(nn.Module):
                     nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm):
-                module.reset_parameters()
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
             elif isinstance(module, Router):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
 
