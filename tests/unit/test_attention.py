@@ -85,7 +85,7 @@ def test_dtype_stays(backend):
 @pytest.mark.usefixtures("unchecked")
 def test_refused():
     q, k, v = heads(l=7)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="one of mask, bias and causal"):
         attention(q, k, v, mask=torch.ones(1, 7, 7, dtype=torch.bool), causal=True)
     with pytest.raises(ValueError, match="auto, sdpa or math"):
         attention(q, k, v, backend="flash")
