@@ -3,6 +3,7 @@ metadata are all this."""
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,7 +33,7 @@ from hidream.limits import (
     snap_size,
 )
 from hidream.outpainting import Margins, canvas_size, check_expand, fit_expand
-from hidream.registry import SAMPLERS, Defaults, nearest
+from hidream.registry import DEFAULT_MODEL, SAMPLERS, Defaults, Spec, nearest
 from hidream.sheet import Sheet, read_sheet, resolve_sheet
 
 DEFAULT_STRENGTH = 0.6
@@ -40,9 +41,7 @@ NO_PROMPT = " "  # the caption of the unconditional branch, as published
 
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "image_guidance_scale": (None,),
     "refine_prompt": (None, "off"),
-    "refine_strength": (None,),
     "sparsity": (None, 0.0),
 }
 
@@ -135,7 +134,7 @@ class GenerateRequest:
         put(self, "loras", check_loras(self.loras or ()))
         for name, harmless in _NOT_YET.items():
             if getattr(self, name) not in harmless:
-                raise UsageError(f"{name} is not available for O1 yet.", "Leave it out.")
+                raise UsageError(f"{name} is not available yet.", "Leave it out.")
 
     def _check_pictures(self, put: Callable[[Any, str, Any], None]) -> None:
         references = check_pictures(() if self.references is None else self.references, "reference")
@@ -279,6 +278,7 @@ def resolve(
         num_inference_steps=steps or defaults.num_inference_steps,
         guidance_scale=or_default("guidance_scale"),
         guidance_interval=request.guidance_interval or (0.0, 1.0),
+        image_guidance_scale=or_default("image_guidance_scale"),
         shift=or_default("shift"),
         sampler=or_default("sampler"),
         sigmas=sigmas,
@@ -293,6 +293,45 @@ def resolve(
         sparsity=_or(request.sparsity, 0.0),
         deterministic=bool(request.deterministic),
     )
+
+
+def check_ability(spec: Spec, request: GenerateRequest) -> None:
+    """UsageError for a resolved request that is not this model's to fulfil."""
+    area = (request.width or 0) * (request.height or 0)
+    if spec.max_area is not None and area > spec.max_area:
+        side = math.isqrt(spec.max_area)
+        raise UsageError(
+            f"{request.width}x{request.height} is more than {spec.name} draws at once: "
+            f"{spec.max_area} pixels.",
+            f"Choose a smaller size, such as {side}x{side}.",
+        )
+    if "subject" not in spec.tasks:
+        _check_references(spec, request)
+    if spec.family != "e1":
+        for name in ("image_guidance_scale", "refine_strength"):
+            if getattr(request, name) is not None:
+                raise UsageError(
+                    f"{name} is for E1's editing; {spec.name} has no use for it.", "Leave it out."
+                )
+
+
+def _check_references(spec: Spec, request: GenerateRequest) -> None:
+    count = len(request.references)
+    if request.layout:
+        raise UsageError(
+            f"{spec.name} knows no layout of boxes.", f"Use an O1 model, such as {DEFAULT_MODEL}."
+        )
+    if "edit" in spec.tasks and count != 1:
+        raise UsageError(
+            f"{spec.name} edits one picture; there are {count}.",
+            'Use: hidream edit IMAGE "INSTRUCTION"; or an I1 or O1 model to draw a new one.',
+        )
+    kept = request.mask is not None or request.expand is not None
+    if "edit" not in spec.tasks and count and not (count == 1 and kept):
+        raise UsageError(
+            f"{spec.name} reads no reference pictures.",
+            "Give it a mask, within which it draws anew, or --init; or use an E1 or O1 model.",
+        )
 
 
 def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str, ...]:

@@ -176,12 +176,26 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     group.add_argument("--noise-scale", type=float, metavar="F", **unset)
     group.add_argument("--noise-clip-std", type=float, metavar="F", **unset)
     group.add_argument(
+        "--image-guidance-scale",
+        type=float,
+        metavar="G",
+        help="E1: how much of the source stays",
+        **unset,
+    )
+    group.add_argument(
+        "--refine-strength",
+        type=float,
+        metavar="F",
+        help="E1: share of the steps left to I1",
+        **unset,
+    )
+    group.add_argument(
         "--deterministic", action="store_true", help="same bits in any batch", **unset
     )
 
     later = parser.add_argument_group("refused in this version, with a message")
     later.add_argument("--refine-prompt", metavar="NAME", **unset)
-    for name in ("refine-strength", "sparsity", "image-guidance-scale"):
+    for name in ("sparsity",):
         later.add_argument(f"--{name}", type=float, metavar="F", **unset)
 
 
