@@ -37,6 +37,7 @@ from hidream.registry import DEFAULT_MODEL, SAMPLERS, Defaults, Spec, nearest
 from hidream.sheet import Sheet, read_sheet, resolve_sheet
 
 DEFAULT_STRENGTH = 0.6
+ENCODERS = ("clip_l", "clip_g", "t5", "llama")
 NO_PROMPT = " "  # the caption of the unconditional branch, as published
 
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
@@ -62,6 +63,11 @@ class GenerateRequest:
     name. `shot`, `angle` and `view` are names of `hidream.camera`, put into words before the
     prompt.
 
+    Of I1 and E1: `encoder_prompts` holds (encoder, text) pairs, or is a mapping, of text encoders
+    (`ENCODERS`) that read something else than the prompt. Of E1: `image_guidance_scale` leads
+    towards the source, `clip_cfg_norm` keeps the guided velocity no longer than the unguided one,
+    and `refine_strength` is the share of the steps that an I1 takes, after the others.
+
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
         InputError: a prompt or a box is not usable.
@@ -70,6 +76,7 @@ class GenerateRequest:
     prompt: str
     model: str | None = None
     negative_prompt: str | None = None
+    encoder_prompts: tuple[tuple[str, str], ...] = ()
     width: int | None = None
     height: int | None = None
     snap: str | None = None
@@ -78,6 +85,7 @@ class GenerateRequest:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     image_guidance_scale: float | None = None
+    clip_cfg_norm: bool | None = None
     shift: float | None = None
     sampler: str | None = None
     sigmas: tuple[float, ...] | None = None
@@ -111,7 +119,8 @@ class GenerateRequest:
             put(self, "negative_prompt", cleaned)
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
-        for name in ("keep_aspect", "deterministic"):
+        put(self, "encoder_prompts", _encoder_prompts(self.encoder_prompts))
+        for name in ("keep_aspect", "deterministic", "clip_cfg_norm"):
             if getattr(self, name) not in (None, True, False):
                 raise UsageError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         for name in ("width", "height"):
@@ -307,12 +316,16 @@ def check_ability(spec: Spec, request: GenerateRequest) -> None:
         )
     if "subject" not in spec.tasks:
         _check_references(spec, request)
-    if spec.family != "e1":
-        for name in ("image_guidance_scale", "refine_strength"):
-            if getattr(request, name) is not None:
-                raise UsageError(
-                    f"{name} is for E1's editing; {spec.name} has no use for it.", "Leave it out."
-                )
+    families = {
+        **dict.fromkeys(("image_guidance_scale", "clip_cfg_norm", "refine_strength"), ("e1",)),
+        "encoder_prompts": ("i1", "e1"),
+    }
+    for name, having in families.items():
+        if spec.family not in having and getattr(request, name) not in (None, ()):
+            whose = "E1's editing" if having == ("e1",) else "I1 and E1"
+            raise UsageError(
+                f"{name} is for {whose}; {spec.name} has no use for it.", "Leave it out."
+            )
 
 
 def _check_references(spec: Spec, request: GenerateRequest) -> None:
@@ -418,6 +431,21 @@ def _canvas(
     check_side("height", height)
     check_area(width, height)
     return width, height
+
+
+def _encoder_prompts(given: Any) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((given or {}).items()) if isinstance(given, Mapping | None) else tuple(given)
+    found = {}
+    for pair in pairs:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise UsageError(f"encoder_prompts holds {pair!r}; each is an encoder and its text.")
+        name, text = pair
+        if name not in ENCODERS:
+            raise UsageError(f'unknown text encoder "{name}"; {nearest(str(name), ENCODERS)}')
+        if name in found:
+            raise UsageError(f"encoder_prompts has two texts for {name}.", "Give one.")
+        found[name] = clean_prompt(text, f"the prompt of {name}", may_be_empty=True)
+    return tuple(found.items())
 
 
 def _plain(value: Any) -> Any:

@@ -200,10 +200,10 @@ def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Co
     try:
         spec, path = locate(model, variant=variant)
     except ModelError:
-        spec = known(model)
-        if spec is None:
+        named = known(model)
+        if named is None:
             raise
-        return spec, None, i1.SIZES.get(spec.name) or o1.SIZES.get(spec.name, o1.O1_8B)
+        return named, None, i1.SIZES.get(named.name) or o1.SIZES.get(named.name, o1.O1_8B)
     if spec.family != "o1":
         from hidream.folder import transformer_folder
 

@@ -2,7 +2,7 @@
 
 from hidream.pipelines.base import Output, Pipeline
 from hidream.pipelines.diffusers_style import HiDreamPipeline
-from hidream.pipelines.load import load
+from hidream.pipelines.loading import load
 from hidream.pipelines.text import TextOutput
 
 __all__ = ["HiDreamPipeline", "Output", "Pipeline", "TextOutput", "load"]

@@ -30,6 +30,7 @@ from hidream.text_request import TextRequest
 if TYPE_CHECKING:
     from hidream.pipelines.text import OnToken, TextOutput
 
+REFINER = "i1-full"
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], object]
 
 
@@ -100,6 +101,8 @@ class Pipeline(ABC):
         dtype: torch.dtype,
         policy: Policy,
         prefix_bytes: int,
+        llama: str | Path | None,
+        refiner: str | Path,
     ) -> Pipeline:
         """The pipeline of a model's folder; see `load`."""
 
@@ -329,6 +332,9 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.sampler,
         request.guidance_scale,
         request.guidance_interval,
+        request.image_guidance_scale,
+        request.clip_cfg_norm,
+        request.refine_strength,
         request.noise_scale,
         request.noise_clip_std,
         request.strength,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hidream.pipelines.base import Output, Pipeline
-from hidream.pipelines.load import load
+from hidream.pipelines.loading import load
 
 
 class HiDreamPipeline:

@@ -60,7 +60,7 @@ def find_source(
     if request.expand is not None:
         source, mask = extend(source, request.expand, mask)
         references = [source]
-    return references, Source(_resized(source, request), mask and _resized(mask, request))
+    return references, Source(resized(source, request), mask and resized(mask, request))
 
 
 def source_pixels(
@@ -102,7 +102,8 @@ def with_kept(pictures: Iterable[Image.Image], jobs: Sequence[Job]) -> list[Imag
     ]
 
 
-def _resized(picture: Image.Image, request: GenerateRequest) -> Image.Image:
+def resized(picture: Image.Image, request: GenerateRequest) -> Image.Image:
+    """The picture at the size of a resolved request's result."""
     size = (request.width or 1, request.height or 1)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 

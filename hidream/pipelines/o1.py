@@ -17,7 +17,7 @@ from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.models.o1.weights import load_o1
-from hidream.pipelines.base import Counter, OnStep, Pipeline, Plan
+from hidream.pipelines.base import REFINER, Counter, OnStep, Pipeline, Plan
 from hidream.pipelines.denoise import O1Job, denoise_batch
 from hidream.pipelines.devices import told_when_full
 from hidream.pipelines.jobs import find_source
@@ -55,6 +55,8 @@ class O1Pipeline(Pipeline):
         dtype: torch.dtype,
         policy: Policy,
         prefix_bytes: int = MAX_KEPT,
+        llama: str | Path | None = None,
+        refiner: str | Path = REFINER,
     ) -> O1Pipeline:
         model, tokenizer = load_o1(folder, device=device, dtype=dtype, memory=policy)
         return cls(spec, model, tokenizer, Prefixes(prefix_bytes))
