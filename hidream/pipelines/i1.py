@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
+from threading import RLock
 
 import torch
 from PIL import Image
@@ -53,7 +53,7 @@ class I1Pipeline(Pipeline):
         self.encoders = encoders
         self.codec = codec
         self._lora_weights = LoraWeights()
-        self._turn = nullcontext()
+        self._turn = RLock()  # the encoders are not to be shared
 
     @classmethod
     def open(
