@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hidream.errors import ModelError, UsageError
 
-SAMPLERS = ("euler", "heun", "unipc", "flash")
+SAMPLERS = ("euler", "heun", "unipc", "flash", "flash-official")
 TASKS = ("text_to_image", "edit", "subject")
 Variant = Literal["full", "dev", "fast"]
 VARIANTS = ("full", "dev", "fast")

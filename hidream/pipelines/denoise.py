@@ -84,9 +84,9 @@ def denoise_batch(
             on_step(step + 1, len(sigmas) - 1, lambda: _pictures(x0, jobs, grid, patch_size))
 
     sampler = sampling.SAMPLERS[request.sampler]
-    if sampler is sampling.flash:
+    if request.sampler.startswith("flash"):
         sampler = partial(
-            sampling.flash,
+            sampler,
             noise_scale=(request.noise_scale, request.noise_scale),
             noise_clip_std=request.noise_clip_std or 0.0,
         )
