@@ -30,7 +30,8 @@ class Defaults:
     `sigmas` None means the schedule computed from the number of steps and the shift; a tuple is
     used as it stands when the number of steps is its length. `noise_scale` is the standard
     deviation of the first state (and of flash's step noise); `width` and `height` are pixels and
-    give the native area.
+    give the native area. `hires_strength` is the strength at which an
+    initial picture is drawn larger than that.
     """
 
     num_inference_steps: int
@@ -40,6 +41,7 @@ class Defaults:
     noise_scale: float
     noise_clip_std: float | None = None
     image_guidance_scale: float | None = None
+    hires_strength: float | None = None
     sigmas: tuple[float, ...] | None = None
     width: int = 2048
     height: int = 2048
@@ -96,6 +98,7 @@ _I1 = Defaults(
     shift=3.0,
     sampler="unipc",
     noise_scale=1.0,
+    hires_strength=0.35,
     width=1024,
     height=1024,
 )
@@ -340,7 +343,7 @@ def _overlaid(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
         elif item.name == "sigmas":
             good = value is None or (isinstance(value, list | tuple) and all(map(_number, value)))
             value = None if value is None or not good else tuple(map(float, value))
-        elif item.name in ("noise_clip_std", "image_guidance_scale"):
+        elif item.name in ("noise_clip_std", "image_guidance_scale", "hires_strength"):
             good = value is None or _number(value)
         elif item.name in ("num_inference_steps", "width", "height"):
             good = isinstance(value, int) and value > 0

@@ -58,7 +58,8 @@ class GenerateRequest:
     acts. `sigmas` fall from at most 1, without the final 0. `strength` is the share of the
     schedule that an image-to-image request runs. `expand` is the pixels by which the only
     reference grows at its left, top, right and bottom: all of it is kept, what is new is drawn
-    (and what a mask of the reference frees). `sheet` parts the picture into panels.
+    (and what a mask of the reference frees). `sheet` parts the picture into panels. `tile` makes a
+    texture that goes on where it is laid beside itself.
     `loras` holds (path, scale) pairs; a path is a safetensors file, a folder with one, or a hub
     name. `shot`, `angle` and `view` are names of `hidream.camera`, put into words before the
     prompt.
@@ -104,6 +105,7 @@ class GenerateRequest:
     init_image: Any = None
     expand: Margins | None = None
     sheet: Sheet | None = None
+    tile: bool | None = None
     refine_prompt: str | None = None
     refine_strength: float | None = None
     sparsity: float | None = None
@@ -120,7 +122,7 @@ class GenerateRequest:
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
         put(self, "encoder_prompts", _encoder_prompts(self.encoder_prompts))
-        for name in ("keep_aspect", "deterministic", "clip_cfg_norm"):
+        for name in ("keep_aspect", "deterministic", "clip_cfg_norm", "tile"):
             if getattr(self, name) not in (None, True, False):
                 raise UsageError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         for name in ("width", "height"):
@@ -273,6 +275,8 @@ def resolve(
     elif seed is None or seed == -1:
         seed = draw_seed()
     negative = request.negative_prompt
+    larger = width * height > defaults.width * defaults.height
+    strength = (defaults.hires_strength if larger else None) or DEFAULT_STRENGTH
 
     def or_default(name: str) -> Any:
         value = getattr(request, name)
@@ -297,7 +301,8 @@ def resolve(
         num_images=len(seed) if isinstance(seed, tuple) else request.num_images or 1,
         expand=expand,
         sheet=sheet,
-        strength=_or(request.strength, DEFAULT_STRENGTH) if request.init_image else None,
+        strength=_or(request.strength, strength) if request.init_image else None,
+        tile=bool(request.tile),
         refine_prompt=request.refine_prompt or "off",
         sparsity=_or(request.sparsity, 0.0),
         deterministic=bool(request.deterministic),
@@ -307,12 +312,13 @@ def resolve(
 def check_ability(spec: Spec, request: GenerateRequest) -> None:
     """UsageError for a resolved request that is not this model's to fulfil."""
     area = (request.width or 0) * (request.height or 0)
-    if spec.max_area is not None and area > spec.max_area:
-        side = math.isqrt(spec.max_area)
+    too_large = spec.max_area is not None and area > spec.max_area
+    if too_large and not (spec.family == "i1" and request.init_image is not None):
+        side = math.isqrt(spec.max_area or 0)
         raise UsageError(
             f"{request.width}x{request.height} is more than {spec.name} draws at once: "
             f"{spec.max_area} pixels.",
-            f"Choose a smaller size, such as {side}x{side}.",
+            f"Choose a smaller size, such as {side}x{side}; I1 makes a picture larger by --init.",
         )
     if "subject" not in spec.tasks:
         _check_references(spec, request)

@@ -120,6 +120,9 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
         help="the source's aspect at the model's native area",
         **unset,
     )
+    group.add_argument(
+        "--tile", action="store_true", help="a texture that goes on beside itself", **unset
+    )
     group.add_argument("--seed", type=_whole, nargs="+", metavar="N", help="-1 draws one", **unset)
     group.add_argument("--num-images", type=_whole, metavar="N", help="seeds S, S+1, …", **unset)
     if with_references:

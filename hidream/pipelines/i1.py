@@ -112,6 +112,7 @@ class I1Pipeline(Pipeline):
             self.encoders,
             self.codec,
             batch,
+            distilled=self.spec.variant != "full",
             refiner=self._refining() if batch[0].request.refine_strength else None,
             counter=counter,
             on_step=on_step,

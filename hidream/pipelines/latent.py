@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,9 @@ from hidream.models.vae import LatentCodec
 from hidream.pipelines.base import Counter, OnStep
 from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
 from hidream.request import GenerateRequest
-from hidream.sampling.editing import Row, edit_cfg, edit_rows, in_two_phases
+from hidream.tiling import join, seamless, split, wrap
+
+MARGIN = 8  # latents, beyond which a decoder's borders are not seen
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,16 @@ class LatentJob(Job):
     target: Texts | None = None
 
 
-def sigmas_of(request: GenerateRequest) -> Float[Tensor, " num_steps_plus_1"]:
+def sigmas_of(request: GenerateRequest, *, distilled: bool) -> Float[Tensor, " num_steps_plus_1"]:
     """The schedule that a resolved request asks for, cut to its strength."""
+    steps, shift = request.num_inference_steps or 1, request.shift or 1.0
     if request.sigmas is not None:
         sigmas = sampling.custom_sigmas(request.sigmas)
+    elif distilled:
+        sigmas = sampling.i1_distilled_sigmas(steps, shift)
     else:
-        sigmas = sampling.linear_sigmas(request.num_inference_steps, request.shift)
-    if request.strength is not None:
-        sigmas = sampling.truncate(sigmas, request.strength)
-    return sigmas
+        sigmas = sampling.i1_sigmas(steps, shift)
+    return sigmas if request.strength is None else sampling.truncate(sigmas, request.strength)
 
 
 def denoise_latents(
@@ -55,6 +59,7 @@ def denoise_latents(
     codec: LatentCodec,
     jobs: Sequence[LatentJob],
     *,
+    distilled: bool = False,
     refiner: I1 | None = None,
     counter: Counter,
     on_step: OnStep | None = None,
@@ -62,14 +67,17 @@ def denoise_latents(
 ) -> list[Image.Image]:
     """The pictures of `jobs`, whose `batch_key`s are equal.
 
-    Latents are fp32 from the first noise to the decoder, whatever the network's dtype. `on_step`
-    and `cancel` are as in `Pipeline.__call__`; a preview costs a decoding. `refiner` takes the last
-    `refine_strength` of the steps, with the jobs' targets for prompts and no source.
+    Latents are fp32 from the first noise to the decoder, whatever the network's dtype. More of them
+    than the network takes are drawn in tiles that overlap: their velocities are blended in every
+    step, so that they agree where they meet. `distilled`: by the schedule of I1-Dev and I1-Fast.
+    `refiner` takes the last `refine_strength` of the steps, with the jobs' targets for prompts and
+    no source. `on_step` and `cancel` are as in `Pipeline.__call__`; a preview costs a decoding.
     """
     request, seeds = jobs[0].request, [job.seed for job in jobs]
-    device = model.x_embedder.proj.weight.device
-    shape = (codec.channels, request.height // codec.factor, request.width // codec.factor)
-    sigmas = sigmas_of(request)
+    height, width = ((side or 0) // codec.factor for side in (request.height, request.width))
+    device, shape = model.x_embedder.proj.weight.device, (codec.channels, height, width)
+    sigmas = sigmas_of(request, distilled=distilled)
+    whole = _Work(encoders, jobs, (height, width), sigmas, counter, cancel)
 
     def step_noise(step: int) -> Tensor:
         return sampling.step_noise(seeds, step, shape).to(device)
@@ -77,89 +85,126 @@ def denoise_latents(
     noise = sampling.initial_noise(seeds, shape).to(device)
     edited = None
     if jobs[0].edited is not None:
-        edited = codec.encode(torch.stack([to_tensor(job.edited) for job in jobs]).to(device))
-    denoise = _guided(model, encoders, jobs, edited, shape, sigmas, counter, cancel)
+        pictures = [to_tensor(job.edited) for job in jobs if job.edited is not None]
+        edited = codec.encode(torch.stack(pictures).to(device))
+    denoise = _in_tiles(model, whole) if _is_large(model, whole) else _guided(model, whole, edited)
     if refiner is not None:
-        finals = [replace(job, texts=job.target) for job in jobs]
-        finish = _guided(refiner, encoders, finals, None, shape, sigmas, counter, cancel)
+        finals = [replace(job, texts=job.target or job.texts) for job in jobs]
         num_first = edit_steps(len(sigmas) - 1, request.refine_strength or 0.0)
-        denoise = in_two_phases(denoise, finish, sigmas, num_first)
-    x_t = request.noise_scale * noise
+        finish = _guided(refiner, replace(whole, jobs=finals), None)
+        denoise = sampling.in_two_phases(denoise, finish, sigmas, num_first)
+    if request.tile:
+        denoise = seamless(denoise, sigmas.tolist(), model.config.patch_size)
+    x_t = (request.noise_scale or 1.0) * noise
     if any(job.source for job in jobs):
         pixels, changeable = source_pixels(jobs)
         sources = codec.encode(pixels.to(device))
         if request.strength is not None:
-            x_t = sampling.add_noise(sources, noise, sigmas[0], request.noise_scale)
+            x_t = sampling.add_noise(sources, noise, sigmas[0], request.noise_scale or 1.0)
         # A latent may change as far as any of its pixels may.
-        denoise = keeping(
-            denoise, sources, F.max_pool2d(changeable[:, :1].to(device), codec.factor)
-        )
+        changeable = F.max_pool2d(changeable[:, :1].to(device), codec.factor)
+        denoise = keeping(denoise, sources, changeable)
 
-    def pictures(latents: Tensor) -> list[Image.Image]:
-        return with_kept(map(to_picture, codec.decode(latents)), jobs)
+    def decoded(latents: Tensor) -> list[Image.Image]:
+        if request.tile:  # so that the decoder sees no border either
+            pixels = codec.decode(wrap(latents, MARGIN))
+            edge = MARGIN * codec.factor
+            pixels = pixels[..., edge:-edge, edge:-edge]
+        else:
+            pixels = codec.decode(latents)
+        return with_kept(map(to_picture, pixels), jobs)
 
     def report(step: int, x_t: Tensor, x0: Tensor) -> None:
         if on_step is not None:
-            on_step(step + 1, len(sigmas) - 1, lambda: pictures(x0))
+            on_step(step + 1, len(sigmas) - 1, lambda: decoded(x0))
 
-    sampler = sampling.SAMPLERS[request.sampler]
+    sampler = sampling.SAMPLERS[request.sampler or "unipc"]
     x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report)
     if cancel is not None:
         cancel.check()
-    return pictures(x0)
+    return decoded(x0)
 
 
-def _guided(
-    model: I1,
-    encoders: TextEncoders,
-    jobs: Sequence[LatentJob],
-    sources: Tensor | None,
-    shape: tuple[int, int, int],
-    sigmas: Tensor,
-    counter: Counter,
-    cancel: CancelToken | None,
-) -> sampling.Denoise:
+@dataclass(frozen=True)
+class _Work:
+    """What a network is asked for: `size` is (height, width) in latents."""
+
+    encoders: TextEncoders
+    jobs: Sequence[LatentJob]
+    size: tuple[int, int]
+    sigmas: Tensor
+    counter: Counter
+    cancel: CancelToken | None
+
+
+def _guided(model: I1, work: _Work, sources: Tensor | None) -> sampling.Denoise:
     """The jobs' velocity, all branches at once: two of a prompt, three of an edit (`sources`)."""
-    request = jobs[0].request
+    request, num_jobs = work.jobs[0].request, len(work.jobs)
     scale, interval = request.guidance_scale or 0.0, request.guidance_interval or (0.0, 1.0)
     norm = request.clip_cfg_norm is not False
-    rows = edit_rows(scale, norm) if sources is not None else text_rows(scale)
-    together = _read(model, encoders, jobs, rows, sources, shape, sigmas, counter)
-    alone = together.take(range(len(together) - len(jobs), len(together)))  # FULL is the last row
+    rows = sampling.edit_rows(scale, norm) if sources is not None else text_rows(scale)
+    together = _read(model, work, rows, sources)
+    alone = together.take(range(len(together) - num_jobs, len(together)))  # the last row
 
     def velocity(x_t: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
-        counter.num_forwards += 1
-        return model.velocity(x_t, sigma, prefix, on_layer=cancel.check if cancel else None)
+        work.counter.num_forwards += 1
+        on_layer = work.cancel.check if work.cancel else None
+        return model.velocity(x_t, sigma, prefix, on_layer=on_layer)
 
     def full(x_t: Tensor, sigma: Tensor) -> Tensor:
         return velocity(x_t, sigma, alone)
 
-    def branches(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        return velocity(x_t.repeat(len(rows), 1, 1, 1), sigma, together).chunk(len(rows))
+    def both(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        v_uncond, v_cond = velocity(torch.cat([x_t, x_t]), sigma, together).chunk(2)
+        return v_cond, v_uncond
+
+    def all_three(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        v_none, v_source, v_both = velocity(torch.cat([x_t] * 3), sigma, together).chunk(3)
+        return v_none, v_source, v_both
 
     if sources is None:
-        return sampling.cfg_batched(full, lambda x, s: branches(x, s)[::-1], scale, interval)
-    image_scale = request.image_guidance_scale or 0.0
-    return edit_cfg(full, branches, scale, image_scale, clip_cfg_norm=norm, interval=interval)
+        return sampling.cfg_batched(full, both, scale, interval)
+    return sampling.edit_cfg(
+        full,
+        all_three,
+        scale,
+        request.image_guidance_scale or 0.0,
+        clip_cfg_norm=norm,
+        interval=interval,
+    )
 
 
-def text_rows(guidance_scale: float) -> tuple[Row, ...]:
+def _is_large(model: I1, work: _Work) -> bool:
+    height, width = work.size
+    return height * width // model.config.patch_size**2 > model.config.max_patches
+
+
+def _in_tiles(model: I1, work: _Work) -> sampling.Denoise:
+    """The velocity of a picture that is too large for the network, from tiles as large as it can.
+
+    A side that is shorter than a tile leaves the rest to the other one.
+    """
+    unit = model.config.patch_size
+    side = math.isqrt(model.config.max_patches) * unit
+    tiles = split(work.size, side, side // 4 // unit * unit, unit)
+    size = (tiles[0].rows.stop, tiles[0].columns.stop)
+    denoise = _guided(model, replace(work, size=size), None)
+
+    def blended(x_t: Tensor, sigma: Tensor) -> Tensor:
+        return join([denoise(tile.of(x_t), sigma) for tile in tiles], tiles, work.size)
+
+    return blended
+
+
+def text_rows(guidance_scale: float) -> tuple[sampling.Row, ...]:
     """The branches of a prompt without a source: negative, positive; at or below 1 the last."""
-    positive = Row(False, "positive")
-    return (Row(False, "negative"), positive) if guidance_scale > 1 else (positive,)
+    positive = sampling.Row(False, "positive")
+    return (sampling.Row(False, "negative"), positive) if guidance_scale > 1 else (positive,)
 
 
-def _read(
-    model: I1,
-    encoders: TextEncoders,
-    jobs: Sequence[LatentJob],
-    rows: Sequence[Row],
-    sources: Tensor | None,
-    shape: tuple[int, int, int],
-    sigmas: Tensor,
-    counter: Counter,
-) -> Prefix:
+def _read(model: I1, work: _Work, rows: Sequence[sampling.Row], sources: Tensor | None) -> Prefix:
     """The prefix of every job in every row, row by row; what several share is read once."""
+    jobs = work.jobs
     places = [_place_of_edited(jobs, i) for i in range(len(jobs))]
     asked = [
         (job.texts if row.text == "positive" else job.negative, place if row.source else None)
@@ -171,13 +216,13 @@ def _read(
     if sources is not None:
         none = torch.zeros_like(sources[0])
         source = torch.stack([none if i is None else sources[i] for _, i in distinct])
-    counter.num_prefills += len(distinct)
+    work.counter.num_prefills += len(distinct)
     prefix = model.prefill(
-        encoders.encode([texts for texts, _ in distinct]),
-        height=shape[1],
-        width=shape[2],
+        work.encoders.encode([texts for texts, _ in distinct]),
+        height=work.size[0],
+        width=work.size[1],
         source=source,
-        sigmas=sigmas[:-1],
+        sigmas=work.sigmas[:-1],
     )
     return prefix.take([distinct.index(item) for item in asked])
 

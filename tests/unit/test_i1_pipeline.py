@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hidream import sampling
 from hidream.errors import ModelError, UsageError
 from hidream.models.i1.config import I1_TINY
 from hidream.pipelines import HiDreamPipeline, load
 from hidream.pipelines import latent as latents
 from hidream.request import GenerateRequest
+from hidream.tiling import step_shift
 from tests import tiny_i1
 
 FEW = {"num_inference_steps": 3, "seed": 7}
@@ -115,7 +115,7 @@ def test_the_latents_are_what_the_velocity_says(pipe, monkeypatch):
         latents.I1, "velocity", lambda self, x_t, sigma, prefix, on_layer: (x_t - x0) / sigma
     )
     wanted = latents.to_picture(pipe.codec.decode(x0)[0])
-    for sampler in sampling.SAMPLERS:
+    for sampler in ("euler", "heun", "unipc", "flash"):
         assert levels(pipe("x", sampler=sampler, **FEW).images[0], wanted) <= 1
 
 
@@ -170,6 +170,40 @@ def test_growing(pipe):
     (image,) = pipe("more", references=(source,), expand=(0, 0, 48, 16), **FEW).images
     assert image.size == (112, 80)
     assert levels(image.crop((0, 0, 64, 64)), source) == 0
+
+
+def test_a_picture_is_made_larger_in_tiles(pipe, seen):
+    """Beyond the network's limit: every call is of tiles, and with an exact one they agree."""
+    small = picture(4)
+    out = pipe("a tree", init_image=small, width=256, height=192, num_inference_steps=10, seed=1)
+    assert out.images[0].size == (256, 192)
+    assert out.request.strength == 0.35
+    assert {prefix.grid for *_, prefix in seen} == {(8, 8)}
+    num_tiles = 3 * 2  # 128 wide, a quarter over each other
+    assert out.num_forwards == 4 * num_tiles
+
+
+def test_a_texture_goes_on_beside_itself(pipe, monkeypatch):
+    """Each step sees the picture rolled by another shift, and the decoder sees it wrapped."""
+
+    def bordered(self, x_t, sigma, prefix, on_layer=None):
+        x0 = torch.zeros_like(x_t)
+        x0[..., 0] = 3.0  # a line at the left border of what is shown
+        return (x_t - x0) / sigma
+
+    shown = []
+    decode = pipe.codec.decode
+    monkeypatch.setattr(latents.I1, "velocity", bordered)
+    monkeypatch.setattr(pipe.codec, "decode", lambda x: shown.append(x) or decode(x))
+    fields = {"sampler": "flash", "num_inference_steps": 4, "seed": 1}
+    assert pipe("x", tile=True, **fields).images[0].size == (128, 128)
+    margin = latents.MARGIN
+    (wrapped,) = shown
+    assert wrapped.shape[-2:] == (16 + 2 * margin, 16 + 2 * margin)
+    assert torch.equal(wrapped[..., :16], wrapped[..., 16:32])
+    latent = wrapped[..., margin:-margin, margin:-margin]
+    (column,) = (latent[0, 0, 0] > 1).nonzero()[:, 0].tolist()
+    assert column == -step_shift(3, (16, 16))[1] % 16 != 0
 
 
 def test_encoder_prompts(pipe):
