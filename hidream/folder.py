@@ -34,6 +34,7 @@ _BYTES = {
 TRANSFORMER_STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 COMFY_PREFIX = "model.diffusion_model."
 TRANSFORMER = "HiDreamImageTransformer2DModel"  # the class that I1's published config names
+REFINER = "i1-full"  # what E1 is refined with, unless another is named
 LATENT_AREA = 64  # pixels of a picture that one of its latents stands for
 _AGAIN = "Download or copy the folder again."
 
@@ -283,6 +284,17 @@ def _resolution(config: Mapping[str, Any]) -> tuple[int, int]:
             f"config.json: max_resolution={found!r} is not a height and a width.", _AGAIN
         )
     return found[0], found[1]
+
+
+def find_refiner(name: str | Path) -> Path:
+    """The folder of the I1 that finishes E1's edits.
+
+    Raises UsageError where the model is none, and as `locate` does.
+    """
+    spec, folder = locate(name)
+    if spec.family != "i1":
+        raise UsageError(f"{spec.name} cannot refine E1's edits.", f"Use an I1, such as {REFINER}.")
+    return folder
 
 
 def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) -> Path:

@@ -40,6 +40,14 @@ DEFAULT_STRENGTH = 0.6
 ENCODERS = ("clip_l", "clip_g", "t5", "llama")
 NO_PROMPT = " "  # the caption of the unconditional branch, as published
 
+# Fields that only some families' models can use, and what they are called.
+_OF_FAMILIES = (
+    ("image_guidance_scale", ("e1",), "E1's editing"),
+    ("clip_cfg_norm", ("e1",), "E1's editing"),
+    ("refine_strength", ("e1",), "E1's editing"),
+    ("encoder_prompts", ("i1", "e1"), "I1 and E1"),
+    ("tile", ("i1",), "I1's textures"),
+)
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "refine_prompt": (None, "off"),
@@ -322,13 +330,8 @@ def check_ability(spec: Spec, request: GenerateRequest) -> None:
         )
     if "subject" not in spec.tasks:
         _check_references(spec, request)
-    families = {
-        **dict.fromkeys(("image_guidance_scale", "clip_cfg_norm", "refine_strength"), ("e1",)),
-        "encoder_prompts": ("i1", "e1"),
-    }
-    for name, having in families.items():
-        if spec.family not in having and getattr(request, name) not in (None, ()):
-            whose = "E1's editing" if having == ("e1",) else "I1 and E1"
+    for name, family, whose in _OF_FAMILIES:
+        if spec.family not in family and getattr(request, name) not in (None, (), False):
             raise UsageError(
                 f"{name} is for {whose}; {spec.name} has no use for it.", "Leave it out."
             )

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from hidream.camera import CAMERA
 from hidream.errors import InputError, UsageError
+from hidream.folder import REFINER
 from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SAMPLERS, VARIANTS, nearest
 from hidream.request import GenerateRequest
@@ -96,6 +97,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--llama", metavar="PATH", help="I1: folder or hub id of Llama-3.1-8B-Instruct"
+    )
+    group.add_argument(
+        "--refiner", default=REFINER, metavar="MODEL", help="E1: the I1 of --refine-strength"
     )
     group.add_argument("--device", default="auto", type=_device, help=", ".join(DEVICES))
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on a CPU")

@@ -17,7 +17,7 @@ from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
-from hidream.folder import Folder, locate, open_model
+from hidream.folder import Folder, find_refiner, locate, open_model
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known
@@ -82,6 +82,8 @@ def draw(
         resolve(asked, defaults, spec.patch_size, source_size=source_size), model=spec.name
     )
     check_ability(spec, request)
+    if request.refine_strength and not arguments.dry_run:
+        find_refiner(arguments.refiner)
     warnings += [told for told in warnings_of(asked, request) if told not in again.warnings]
     opened = open_model(folder) if folder is not None else None
     check_loras(request, opened, warnings)
@@ -214,6 +216,8 @@ def warn_not_here(spec: Spec) -> None:
 
 
 def variant_is_assumed(spec: Spec, folder: Path) -> bool:
+    if spec.family == "e1":
+        return False  # there is one alone
     return spec.name not in SPECS and not (folder / "hidream.json").exists()
 
 

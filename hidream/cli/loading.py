@@ -34,6 +34,7 @@ def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = 
         memory=arguments.memory,
         variant=arguments.variant,
         llama=arguments.llama,
+        refiner=arguments.refiner,
     )
 
 

@@ -26,7 +26,7 @@ from hidream.cli.prompt_file import Line, located, read_prompt_file
 from hidream.cli.recording import Inputs, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import InputError, UsageError
-from hidream.folder import Folder, open_model
+from hidream.folder import Folder, find_refiner, open_model
 from hidream.limits import MAX_IMAGES, batch_size
 from hidream.registry import DEFAULT_MODEL, Spec
 from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
@@ -176,6 +176,8 @@ class _Checks:
                 model=self.spec.name,
             )
             check_ability(self.spec, request)
+            if request.refine_strength and not self.arguments.dry_run:
+                find_refiner(self.arguments.refiner)
             warnings = [*warnings, *warnings_of(asked, request), *self._read_loras(request)]
             self.told.add(where, warnings)
             check_previews(self.arguments, paths, request)

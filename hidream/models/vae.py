@@ -8,8 +8,10 @@ what the model was trained on.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ class LatentCodec:
         Raises ModelError where diffusers is missing, or the folder is not whole or something else.
         """
         try:
-            from diffusers import AutoencoderKL
+            with _in_silence():
+                from diffusers import AutoencoderKL
         except ImportError as error:
             raise ModelError(
                 "HiDream-I1's VAE needs diffusers, which is not installed.",
@@ -129,6 +132,17 @@ class LatentCodec:
             return torch.cat([function(row) for row in x.split(1)])
         options = {"tile": self.tile, "overlap": self.overlap, "unit": unit, "out_unit": out_unit}
         return torch.cat([in_tiles(function, row, **options) for row in x.split(1)])
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """diffusers imports whatever it finds, and that has warnings for those who use it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def in_tiles(

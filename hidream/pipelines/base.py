@@ -30,7 +30,6 @@ from hidream.text_request import TextRequest
 if TYPE_CHECKING:
     from hidream.pipelines.text import OnToken, TextOutput
 
-REFINER = "i1-full"
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], object]
 
 

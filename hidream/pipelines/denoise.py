@@ -21,7 +21,6 @@ from hidream.pipelines.base import Counter
 from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
 from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
-from hidream.tiling import seamless
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,6 @@ def denoise_batch(
 
     noise = patchify(sampling.initial_noise(seeds, shape), patch_size).to(device)
     denoise = _guided(model, jobs, counter, prefixes or Prefixes(0), cancel)
-    if request.tile:
-        denoise = _seamless(denoise, sigmas, grid)
     x_t = request.noise_scale * noise
     if any(job.source for job in jobs):
         sources, changeable = (
@@ -143,24 +140,6 @@ def _guided(
         request.guidance_scale,
         request.guidance_interval,
     )
-
-
-def _seamless(denoise: sampling.Denoise, sigmas: Tensor, grid: tuple[int, int]) -> sampling.Denoise:
-    """`tiling.seamless` for rows of patches: each is one place of its grid."""
-
-    def on_grid(x_t: Tensor, sigma: Tensor) -> Tensor:
-        return _to_grid(denoise(_to_rows(x_t), sigma), grid)
-
-    rolled = seamless(on_grid, sigmas.tolist(), 1)
-    return lambda x_t, sigma: _to_rows(rolled(_to_grid(x_t, grid), sigma))
-
-
-def _to_grid(patches: Float[Tensor, "b n p"], grid: tuple[int, int]) -> Float[Tensor, "b p h w"]:
-    return patches.unflatten(1, grid).movedim(-1, 1)
-
-
-def _to_rows(on_grid: Float[Tensor, "b p h w"]) -> Float[Tensor, "b n p"]:
-    return on_grid.movedim(1, -1).flatten(1, 2)
 
 
 def _distinct(tokens: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:

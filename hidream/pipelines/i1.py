@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
-from hidream.errors import UsageError
-from hidream.folder import locate
+from hidream.folder import REFINER, find_refiner
 from hidream.memory import AUTO, Policy
 from hidream.models.e1 import target_description
 from hidream.models.i1.model import I1
@@ -19,20 +18,12 @@ from hidream.models.i1.text import TextEncoders, Texts
 from hidream.models.i1.weights import load_i1
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.vae import LatentCodec
-from hidream.pipelines.base import REFINER, Counter, OnStep, Pipeline, Plan
+from hidream.pipelines.base import Counter, OnStep, Pipeline, Plan
 from hidream.pipelines.jobs import find_source, resized
 from hidream.pipelines.latent import LatentJob, denoise_latents
 from hidream.pipelines.prefixes import MAX_KEPT
 from hidream.registry import Spec
 from hidream.request import GenerateRequest, warnings_of
-
-
-def locate_refiner(name: str | Path) -> Path:
-    """The folder of the I1 that finishes edits. UsageError where the model is none."""
-    spec, folder = locate(str(name))
-    if spec.family != "i1":
-        raise UsageError(f"{spec.name} cannot refine E1's edits.", f"Use an I1, such as {REFINER}.")
-    return folder
 
 
 class I1Pipeline(Pipeline):
@@ -123,7 +114,7 @@ class I1Pipeline(Pipeline):
         """The I1 that finishes edits. Its own weights: the LoRAs are the editor's."""
         if self._refiner is None:
             self._refiner = load_i1(
-                locate_refiner(self._refiner_name), device=self.device, dtype=self.dtype
+                find_refiner(self._refiner_name), device=self.device, dtype=self.dtype
             )
         return self._refiner
 
@@ -136,7 +127,7 @@ class I1Pipeline(Pipeline):
         if self.spec.family == "e1":
             edited = resized(references[0], request)
         if request.refine_strength:
-            locate_refiner(self._refiner_name)
+            find_refiner(self._refiner_name)
             target = Texts.of(target_description(request.full_prompt) or request.full_prompt)
         loras, told = self._loras(request, self.model)
         jobs = [

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from hidream.errors import UsageError
-from hidream.folder import locate
+from hidream.folder import REFINER, locate
 from hidream.memory import find_policy
-from hidream.pipelines.base import REFINER, Pipeline
+from hidream.pipelines.base import Pipeline
 from hidream.pipelines.devices import find_device, find_dtype, told_when_full
 from hidream.pipelines.prefixes import MAX_KEPT
 

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
+from hidream.folder import REFINER
 from hidream.memory import AUTO, Policy
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.models.o1.weights import load_o1
-from hidream.pipelines.base import REFINER, Counter, OnStep, Pipeline, Plan
+from hidream.pipelines.base import Counter, OnStep, Pipeline, Plan
 from hidream.pipelines.denoise import O1Job, denoise_batch
 from hidream.pipelines.devices import told_when_full
 from hidream.pipelines.jobs import find_source
