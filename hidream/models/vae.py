@@ -8,10 +8,8 @@ what the model was trained on.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from hidream.errors import ModelError
 from hidream.folder import open_folder
-from hidream.models.loading import load_weights
+from hidream.models.loading import load_weights, quiet_imports
 
 STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 TILE = 128  # latents: 1024 pixels
@@ -57,7 +55,7 @@ class LatentCodec:
         Raises ModelError where diffusers is missing, or the folder is not whole or something else.
         """
         try:
-            with _in_silence():
+            with quiet_imports():
                 from diffusers import AutoencoderKL
         except ImportError as error:
             raise ModelError(
@@ -132,17 +130,6 @@ class LatentCodec:
             return torch.cat([function(row) for row in x.split(1)])
         options = {"tile": self.tile, "overlap": self.overlap, "unit": unit, "out_unit": out_unit}
         return torch.cat([in_tiles(function, row, **options) for row in x.split(1)])
-
-
-@contextmanager
-def _in_silence() -> Iterator[None]:
-    """diffusers imports whatever it finds, and that has warnings for those who use it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def in_tiles(

@@ -30,7 +30,7 @@ from hidream.folder import Folder, open_folder, read_config
 from hidream.models.i1.config import I1Config
 from hidream.models.i1.llama import find_llama
 from hidream.models.i1.model import Features
-from hidream.models.loading import check_tensors, tensor_shapes
+from hidream.models.loading import check_tensors, quiet_imports, tensor_shapes
 from hidream.registry import nearest
 
 NUM_TOKENS = 128
@@ -374,7 +374,8 @@ def _told_if_broken(folder: Path) -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_imports():
+            yield
     except Exception as error:  # tokenizers raises that very class
         if isinstance(error, MemoryError | RuntimeError):  # of the machine, not of the folder
             raise
