@@ -206,6 +206,12 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
         **unset,
     )
     group.add_argument(
+        "--clip-cfg-norm",
+        action=argparse.BooleanOptionalAction,
+        help="E1: guidance makes the velocity no longer (its default)",
+        **unset,
+    )
+    group.add_argument(
         "--refine-strength",
         type=float,
         metavar="F",
