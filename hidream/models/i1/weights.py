@@ -10,9 +10,13 @@ from safetensors.torch import save_file
 
 from hidream.errors import ModelError
 from hidream.folder import Folder, open_file, open_folder, transformer_folder
+from hidream.memory import AUTO, Policy
 from hidream.models.i1.config import I1_FULL, I1Config
+from hidream.models.i1.memory import check_fit
 from hidream.models.i1.model import I1
+from hidream.models.i1.placing import load_placed
 from hidream.models.loading import check_tensors, load_weights, tensor_shapes
+from hidream.models.quantise import check_quantised
 from hidream.nn.attention import Backend
 from hidream.nn.moe import pack
 
@@ -55,16 +59,23 @@ def load_i1(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention_backend: Backend = "auto",
+    memory: Policy = AUTO,
 ) -> I1:
-    """The model of a checkpoint (see `open_i1`), ready for inference.
+    """The model of a checkpoint (see `open_i1`), ready for inference, kept as `memory` says.
 
-    Raises ModelError before any weight is read.
+    Raises ModelError, and MemoryExceeded where the weights cannot fit, before any is read.
     """
     folder, config = open_i1(path, config)
+    device = torch.device(device)
     with torch.device("meta"):
         model = I1(config, attention_backend)
-    load_weights(model, folder, device=device, dtype=dtype)
-    if torch.device(device).type == "cuda":
+    check_quantised(memory, device, dtype)
+    check_fit(config, memory, device=device, dtype=dtype)
+    if memory == AUTO:
+        load_weights(model, folder, device=device, dtype=dtype)
+    else:
+        load_placed(model, folder, memory, device=device, dtype=dtype)
+    if device.type == "cuda":
         pack(model)
     return model
 
