@@ -20,6 +20,7 @@ from hidream.memory import Policy
 from hidream.models.loading import Reader
 
 Tensors = Mapping[str, Tensor]
+Streamed = Mapping[str, tuple[nn.Module, Sequence[str]]]  # blocks and names of parameters
 _ALIGNED = 64  # values; where a kernel may read whole lines
 
 
@@ -51,9 +52,7 @@ def lend(module: nn.Module, name: str, read: Callable[[str], Tensor], dtype: tor
     return Lent(module, absent, partial(read_all, name, tuple(absent), read))
 
 
-def read_all(
-    module: str, names: Sequence[str], read: Callable[[str], Tensor]
-) -> dict[str, Tensor]:
+def read_all(module: str, names: Sequence[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
     return {name: read(f"{module}.{name}") for name in names}
 
 
@@ -130,7 +129,7 @@ class Flat:
         size = 0
         for name, shape in shapes.items():
             self.places[name] = (size, shape)
-            size += -(-math.prod(shape) // _ALIGNED) * _ALIGNED
+            size += num_aligned(shape)
         self.values = torch.empty(size, dtype=dtype)
 
     def fill(self, read: Callable[[str], Tensor]) -> Flat:
@@ -146,6 +145,11 @@ class Flat:
             name: values[start : start + math.prod(shape)].view(*shape)
             for name, (start, shape) in self.places.items()
         }
+
+
+def num_aligned(shape: Sequence[int]) -> int:
+    """The values that a tensor takes in a `Flat`."""
+    return -(-math.prod(shape) // _ALIGNED) * _ALIGNED
 
 
 class Ahead:
@@ -194,32 +198,61 @@ class Ahead:
             self.copied[slot].record(self.side)
 
 
-def stream_all(
-    blocks: Mapping[str, tuple[nn.Module, Sequence[str]]], source: Reader, like: Tensor
-) -> None:
-    """Let these blocks' parameters come in turn; the keys are the blocks' names in `source`.
+def stream_all(blocks: Streamed, source: Reader, like: Tensor) -> None:
+    """Let these parameters of blocks come in turn; the keys are the blocks' names in `source`.
 
     A GPU's come from pinned CPU memory, each while the one before it is computed; elsewhere they
     are read from the file each time.
     """
-    absent = {
-        name: empty_out(block, like.dtype, parameters)
-        for name, (block, parameters) in blocks.items()
-    }
-    if not like.is_cuda or not blocks:
-        read = partial(source.read, device=like.device, dtype=like.dtype)
-        for name, (block, parameters) in blocks.items():
-            stream(block, absent[name], partial(read_all, name, parameters, read))
+    if like.is_cuda and blocks:
+        stream_ahead(blocks, source, like)
         return
-    ahead = Ahead([flat(name, absent[name], source, like.dtype) for name in blocks], like.device)
-    for turn, (name, (block, _)) in enumerate(blocks.items()):
-        stream(block, absent[name], partial(ahead.fetch, turn), partial(ahead.done, turn))
+    read = partial(source.read, device=like.device, dtype=like.dtype)
+    for name, (block, parameters) in blocks.items():
+        absent = empty_out(block, like.dtype, parameters)
+        stream(block, absent, partial(read_all, name, parameters, read))
 
 
-def flat(block: str, absent: Tensors, source: Reader, dtype: torch.dtype) -> Flat:
-    """A block's parameters as they lie in a file."""
-    shapes = {name: weight.shape for name, weight in absent.items()}
-    return Flat(shapes, dtype).fill(lambda name: source.read(f"{block}.{name}"))
+def stream_ahead(blocks: Streamed, source: Reader, like: Tensor) -> Ahead:
+    """`stream_all` for a GPU."""
+    waiting, absent = [], []
+    for name, (block, parameters) in blocks.items():
+        absent.append(empty_out(block, like.dtype, parameters))
+        lying = Flat({key: weight.shape for key, weight in absent[-1].items()}, like.dtype)
+        waiting.append(lying.fill(lambda key, name=name: source.read(f"{name}.{key}")))
+    ahead = Ahead(waiting, like.device)
+    for turn, (block, _) in enumerate(blocks.values()):
+        stream(block, absent[turn], partial(ahead.fetch, turn), partial(ahead.done, turn))
+    return ahead
+
+
+def layer_by_layer(module: nn.Module, device: torch.device) -> nn.Module:
+    """Let a module in CPU memory compute on `device`, where one of its layers is at a time.
+
+    Layers are the elements of its outermost lists. Tables stay on the CPU, where rows are looked
+    up; what is neither moves to the device.
+    """
+    lists = {n: part for n, part in module.named_modules() if isinstance(part, nn.ModuleList)}
+    outer = [part for n, part in lists.items() if not any(n.startswith(f"{o}.") for o in lists)]
+    staying: set[int] = set()
+    for layer in (layer for part in outer for layer in part):
+        held = dict(layer.named_parameters())
+        staying |= {id(weight) for weight in held.values()}
+        stream(layer, held, partial(_moved, held, device))
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) and id(part.weight) not in staying:
+            look_up_on_cpu(part, device, part.weight.dtype)
+    staying |= {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    for part in module.modules():
+        own = dict(part.named_parameters(recurse=False))
+        place(part, _moved({n: w for n, w in own.items() if id(w) not in staying}, device))
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
+    return module
+
+
+def _moved(tensors: Tensors, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 @dataclass

@@ -110,7 +110,7 @@ def _view(
 def summed(branches: Sequence[Branch], *, like: Float[Tensor, "o ..."]) -> Branch:
     """Several branches of one layer as one: the ranks stand side by side, the gains add up.
 
-    `like` is the layer's weight, whose dtype and device the result has.
+    The result has the dtype and device of `like`.
     """
     gains = [branch.gain for branch in branches if branch.gain is not None]
     return Branch(
@@ -121,7 +121,7 @@ def summed(branches: Sequence[Branch], *, like: Float[Tensor, "o ..."]) -> Branc
 
 
 def scaled(
-    weight: Float[Tensor, "o ..."],
+    weight: Float[Tensor, "*w"],
     down: Float[Tensor, "r i"],
     up: Float[Tensor, "o r"],
     *,
@@ -132,7 +132,8 @@ def scaled(
     """The branch that moves a layer `scale` of the way from its weight W to the tuned one, fp32.
 
     LoRA's tuned weight is V = W + alpha/rank · up · down. DoRA's is V with its rows brought to
-    the lengths `magnitude`: g · V, which is V + (g − 1) · V, so W's part of it is a gain.
+    the lengths `magnitude`: g · V, which is V + (g − 1) · V, so W's part of it is a gain. A LoRA
+    does not look at W.
     """
     down, up = down.float(), alpha_over_rank * up.float()
     if magnitude is None:

@@ -19,6 +19,7 @@ from hidream.models.i1.config import I1Config
 from hidream.models.i1.model import I1
 from hidream.models.loading import tensor_shapes
 from hidream.models.machine import Need, check_room, runtime_bytes
+from hidream.models.placement import num_aligned
 from hidream.models.quantise import quantised_bytes
 
 ADALN = "adaLN_modulation"
@@ -177,6 +178,7 @@ def weight_bytes(
             unpacked = max(unpacked, size)
             size = quantised_bytes(shape, policy.weights, width=width, device=device)
         if part == "streamed":
+            size = num_aligned(shape) * width if device == "cuda" else size
             block = _block_of(name, config)
             assert block is not None
             blocks[block] = blocks.get(block, 0) + size

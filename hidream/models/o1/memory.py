@@ -15,6 +15,7 @@ from hidream.models.loading import tensor_shapes
 from hidream.models.machine import Need, check_room, runtime_bytes
 from hidream.models.o1.config import O1Config
 from hidream.models.o1.model import O1
+from hidream.models.placement import num_aligned
 from hidream.models.quantise import quantised_bytes
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
@@ -108,6 +109,7 @@ def weight_bytes(config: O1Config, policy: Policy, *, width: int, device: str) -
             size = quantised_bytes(shape, policy.weights, width=width, device=device)
         part = part_of(name, policy, num_blocks)
         if part == "streamed":
+            size = num_aligned(shape) * width if device == "cuda" else size
             block = name.removeprefix(BLOCKS + ".").split(".")[0]
             blocks[block] = blocks.get(block, 0) + size
         else:

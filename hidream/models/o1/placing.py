@@ -58,7 +58,9 @@ def attach(model: O1, policy: Policy, source: Reader, like: Tensor) -> None:
             absent = {"weight": table.weight}
             place(model.lm_head, absent)
             lent["lm_head"] = Lent(model.lm_head, absent, lambda: {"weight": read(EMBEDDINGS)})
-    blocks = {f"{BLOCKS}.{i}": decoder.layers[i] for i in policy.streamed_blocks(len(decoder.layers))}
+    blocks = {
+        f"{BLOCKS}.{i}": decoder.layers[i] for i in policy.streamed_blocks(len(decoder.layers))
+    }
     stream_all(
         {name: (block, [n for n, _ in block.named_parameters()]) for name, block in blocks.items()},
         source,
