@@ -22,6 +22,7 @@ from hidream.nn.moe import pack
 from tests import lora_files
 from tests.tiny_i1 import features, latents, random_i1
 
+SIGMAS = torch.tensor([0.9, 0.4])
 GATE = "single_stream_blocks.1.block.ff_i.gate"
 EXPERT = "double_stream_blocks.0.block.ff_i.experts.3.w2"
 Q = "double_stream_blocks.1.block.attn1.to_q_t"
@@ -47,9 +48,9 @@ def applied(model, path, scale=1.0):
 
 
 @torch.inference_mode()
-def answer(model, sigmas=torch.tensor([0.9, 0.4])):
-    prefix = model.prefill(features(), height=12, width=8, sigmas=sigmas)
-    return torch.stack([model.velocity(latents(12, 8), sigma, prefix) for sigma in sigmas])
+def answer(model):
+    prefix = model.prefill(features(), height=12, width=8, sigmas=SIGMAS)
+    return torch.stack([model.velocity(latents(12, 8), sigma, prefix) for sigma in SIGMAS])
 
 
 def merged(model, lora, factor=1.0, whole=None):

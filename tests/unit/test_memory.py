@@ -275,7 +275,7 @@ def test_blocks_come_one_ahead(tiny_folder, tiny_model, pipe, share, monkeypatch
     """1 to 4 of the 4 blocks, by the code for GPUs: the same picture, two blocks at a time, and
     every copy waits for the computation from its buffers, every computation for its copy."""
     gpu, kept = Gpu(monkeypatch), []
-    policy = Policy(name="some", what="", streamed=share)
+    policy = Policy(name="some", what="", lends=False, piecewise=False, streamed=share)
 
     whole = placing.attach
 
@@ -290,10 +290,8 @@ def test_blocks_come_one_ahead(tiny_folder, tiny_model, pipe, share, monkeypatch
     frugal = pipelines.Pipeline(pipe.spec, model, tokenizer)
     assert same(frugal("a red cube", **FEW), pipe("a red cube", **FEW))
     (ahead,) = kept
-    assert (
-        sum(buffer.nbytes for buffer in ahead.buffers)
-        == weight_bytes(O1_TINY, policy, width=4, device="cuda").streaming
-    )
+    counted = weight_bytes(O1_TINY, policy, width=4, device="cuda")
+    assert sum(buffer.nbytes for buffer in ahead.buffers) == counted.streaming
     copied, computed = (list(map(id, events)) for events in (ahead.copied, ahead.computed))
     copies = [i for i, entry in enumerate(gpu.log) if entry[:2] == ("record", "side")]
     if len(ahead.blocks) > 2:

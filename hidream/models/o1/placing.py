@@ -58,11 +58,8 @@ def attach(model: O1, policy: Policy, source: Reader, like: Tensor) -> None:
             absent = {"weight": table.weight}
             place(model.lm_head, absent)
             lent["lm_head"] = Lent(model.lm_head, absent, lambda: {"weight": read(EMBEDDINGS)})
-    blocks = {
-        f"{BLOCKS}.{i}": decoder.layers[i] for i in policy.streamed_blocks(len(decoder.layers))
-    }
-    stream_all(
-        {name: (block, [n for n, _ in block.named_parameters()]) for name, block in blocks.items()},
-        source,
-        like,
-    )
+    blocks = {}
+    for index in policy.streamed_blocks(len(decoder.layers)):
+        block = decoder.layers[index]
+        blocks[f"{BLOCKS}.{index}"] = (block, [name for name, _ in block.named_parameters()])
+    stream_all(blocks, source, like)
