@@ -25,7 +25,7 @@ def quantised_bytes(shape: Sequence[int], numbers: Quantised, *, width: int, dev
     """Bytes of a weight that `quantised` makes of one of `width` bytes a value."""
     rows, columns = shape
     if numbers != "int4":
-        return rows * columns + 4 * rows
+        return rows * columns + 8 * rows  # the row's scale, and a zero where there is one
     if device == "cuda":  # its kernel reads whole tiles
         rows, columns = -(-rows // 8) * 8, -(-columns // 1024) * 1024
     elif columns % GROUP:
