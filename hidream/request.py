@@ -3,6 +3,7 @@ metadata are all this."""
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,17 +33,24 @@ from hidream.limits import (
     snap_size,
 )
 from hidream.outpainting import Margins, canvas_size, check_expand, fit_expand
-from hidream.registry import SAMPLERS, Defaults, nearest
+from hidream.registry import DEFAULT_MODEL, SAMPLERS, Defaults, Spec, nearest
 from hidream.sheet import Sheet, read_sheet, resolve_sheet
 
 DEFAULT_STRENGTH = 0.6
+ENCODERS = ("clip_l", "clip_g", "t5", "llama")
 NO_PROMPT = " "  # the caption of the unconditional branch, as published
 
+# Fields that only some families' models can use, and what they are called.
+_OF_FAMILIES = (
+    ("image_guidance_scale", ("e1",), "E1's editing"),
+    ("clip_cfg_norm", ("e1",), "E1's editing"),
+    ("refine_strength", ("e1",), "E1's editing"),
+    ("encoder_prompts", ("i1", "e1"), "I1 and E1"),
+    ("tile", ("i1",), "I1's textures"),
+)
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "image_guidance_scale": (None,),
     "refine_prompt": (None, "off"),
-    "refine_strength": (None,),
     "sparsity": (None, 0.0),
 }
 
@@ -58,10 +66,16 @@ class GenerateRequest:
     acts. `sigmas` fall from at most 1, without the final 0. `strength` is the share of the
     schedule that an image-to-image request runs. `expand` is the pixels by which the only
     reference grows at its left, top, right and bottom: all of it is kept, what is new is drawn
-    (and what a mask of the reference frees). `sheet` parts the picture into panels.
+    (and what a mask of the reference frees). `sheet` parts the picture into panels. `tile` makes a
+    texture that goes on where it is laid beside itself.
     `loras` holds (path, scale) pairs; a path is a safetensors file, a folder with one, or a hub
     name. `shot`, `angle` and `view` are names of `hidream.camera`, put into words before the
     prompt.
+
+    Of I1 and E1: `encoder_prompts` holds (encoder, text) pairs, or is a mapping, of text encoders
+    (`ENCODERS`) that read something else than the prompt. Of E1: `image_guidance_scale` leads
+    towards the source, `clip_cfg_norm` keeps the guided velocity no longer than the unguided one,
+    and `refine_strength` is the share of the steps that an I1 takes, after the others.
 
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
@@ -71,6 +85,7 @@ class GenerateRequest:
     prompt: str
     model: str | None = None
     negative_prompt: str | None = None
+    encoder_prompts: tuple[tuple[str, str], ...] = ()
     width: int | None = None
     height: int | None = None
     snap: str | None = None
@@ -79,6 +94,7 @@ class GenerateRequest:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     image_guidance_scale: float | None = None
+    clip_cfg_norm: bool | None = None
     shift: float | None = None
     sampler: str | None = None
     sigmas: tuple[float, ...] | None = None
@@ -97,6 +113,7 @@ class GenerateRequest:
     init_image: Any = None
     expand: Margins | None = None
     sheet: Sheet | None = None
+    tile: bool | None = None
     refine_prompt: str | None = None
     refine_strength: float | None = None
     sparsity: float | None = None
@@ -112,7 +129,8 @@ class GenerateRequest:
             put(self, "negative_prompt", cleaned)
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
-        for name in ("keep_aspect", "deterministic"):
+        put(self, "encoder_prompts", _encoder_prompts(self.encoder_prompts))
+        for name in ("keep_aspect", "deterministic", "clip_cfg_norm", "tile"):
             if getattr(self, name) not in (None, True, False):
                 raise UsageError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         for name in ("width", "height"):
@@ -135,7 +153,7 @@ class GenerateRequest:
         put(self, "loras", check_loras(self.loras or ()))
         for name, harmless in _NOT_YET.items():
             if getattr(self, name) not in harmless:
-                raise UsageError(f"{name} is not available for O1 yet.", "Leave it out.")
+                raise UsageError(f"{name} is not available yet.", "Leave it out.")
 
     def _check_pictures(self, put: Callable[[Any, str, Any], None]) -> None:
         references = check_pictures(() if self.references is None else self.references, "reference")
@@ -265,6 +283,8 @@ def resolve(
     elif seed is None or seed == -1:
         seed = draw_seed()
     negative = request.negative_prompt
+    larger = width * height > defaults.width * defaults.height
+    strength = (defaults.hires_strength if larger else None) or DEFAULT_STRENGTH
 
     def or_default(name: str) -> Any:
         value = getattr(request, name)
@@ -279,6 +299,7 @@ def resolve(
         num_inference_steps=steps or defaults.num_inference_steps,
         guidance_scale=or_default("guidance_scale"),
         guidance_interval=request.guidance_interval or (0.0, 1.0),
+        image_guidance_scale=or_default("image_guidance_scale"),
         shift=or_default("shift"),
         sampler=or_default("sampler"),
         sigmas=sigmas,
@@ -288,11 +309,51 @@ def resolve(
         num_images=len(seed) if isinstance(seed, tuple) else request.num_images or 1,
         expand=expand,
         sheet=sheet,
-        strength=_or(request.strength, DEFAULT_STRENGTH) if request.init_image else None,
+        strength=_or(request.strength, strength) if request.init_image else None,
+        tile=bool(request.tile),
         refine_prompt=request.refine_prompt or "off",
         sparsity=_or(request.sparsity, 0.0),
         deterministic=bool(request.deterministic),
     )
+
+
+def check_ability(spec: Spec, request: GenerateRequest) -> None:
+    """UsageError for a resolved request that is not this model's to fulfil."""
+    area = (request.width or 0) * (request.height or 0)
+    too_large = spec.max_area is not None and area > spec.max_area
+    if too_large and not (spec.family == "i1" and request.init_image is not None):
+        side = math.isqrt(spec.max_area or 0)
+        raise UsageError(
+            f"{request.width}x{request.height} is more than {spec.name} draws at once: "
+            f"{spec.max_area} pixels.",
+            f"Choose a smaller size, such as {side}x{side}; I1 makes a picture larger by --init.",
+        )
+    if "subject" not in spec.tasks:
+        _check_references(spec, request)
+    for name, family, whose in _OF_FAMILIES:
+        if spec.family not in family and getattr(request, name) not in (None, (), False):
+            raise UsageError(
+                f"{name} is for {whose}; {spec.name} has no use for it.", "Leave it out."
+            )
+
+
+def _check_references(spec: Spec, request: GenerateRequest) -> None:
+    count = len(request.references)
+    if request.layout:
+        raise UsageError(
+            f"{spec.name} knows no layout of boxes.", f"Use an O1 model, such as {DEFAULT_MODEL}."
+        )
+    if "edit" in spec.tasks and count != 1:
+        raise UsageError(
+            f"{spec.name} edits one picture; there are {count}.",
+            'Use: hidream edit IMAGE "INSTRUCTION"; or an I1 or O1 model to draw a new one.',
+        )
+    kept = request.mask is not None or request.expand is not None
+    if "edit" not in spec.tasks and count and not (count == 1 and kept):
+        raise UsageError(
+            f"{spec.name} reads no reference pictures.",
+            "Give it a mask, within which it draws anew, or --init; or use an E1 or O1 model.",
+        )
 
 
 def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str, ...]:
@@ -379,6 +440,21 @@ def _canvas(
     check_side("height", height)
     check_area(width, height)
     return width, height
+
+
+def _encoder_prompts(given: Any) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((given or {}).items()) if isinstance(given, Mapping | None) else tuple(given)
+    found = {}
+    for pair in pairs:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise UsageError(f"encoder_prompts holds {pair!r}; each is an encoder and its text.")
+        name, text = pair
+        if name not in ENCODERS:
+            raise UsageError(f'unknown text encoder "{name}"; {nearest(str(name), ENCODERS)}')
+        if name in found:
+            raise UsageError(f"encoder_prompts has two texts for {name}.", "Give one.")
+        found[name] = clean_prompt(text, f"the prompt of {name}", may_be_empty=True)
+    return tuple(found.items())
 
 
 def _plain(value: Any) -> Any:

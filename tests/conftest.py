@@ -45,6 +45,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_i1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole I1 folder with random weights, Llama in it: read it, do not change it."""
+    from tests.tiny_i1 import make_tiny_i1
+
+    return make_tiny_i1(tmp_path_factory.mktemp("tiny") / "i1-tiny", llama_inside=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory):
     """No test writes into the home of who runs it (subprocesses aside)."""

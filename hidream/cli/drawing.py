@@ -17,11 +17,11 @@ from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
-from hidream.folder import Folder, locate, open_folder
+from hidream.folder import Folder, find_refiner, locate, open_model
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
-from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
-from hidream.request import GenerateRequest, resolve, warnings_of
+from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known
+from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
 
 if TYPE_CHECKING:
     from hidream.cli.storyboard import Board
@@ -81,8 +81,11 @@ def draw(
     request = replace(
         resolve(asked, defaults, spec.patch_size, source_size=source_size), model=spec.name
     )
+    check_ability(spec, request)
+    if request.refine_strength and not arguments.dry_run:
+        find_refiner(arguments.refiner)
     warnings += [told for told in warnings_of(asked, request) if told not in again.warnings]
-    opened = open_folder(folder) if folder is not None else None
+    opened = open_model(folder) if folder is not None else None
     check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
         raise missing
@@ -202,10 +205,10 @@ def find_model(model: str, variant: str | None) -> tuple[Spec, Path | None, Mode
     try:
         return *locate(model, variant=variant), None
     except ModelError as error:
-        known = [name for s in SPECS.values() for name in (s.name, (s.repo or "").lower())]
-        if model.lower() not in known:
+        spec = known(model)
+        if spec is None:
             raise
-        return find(model), None, error
+        return spec, None, error
 
 
 def warn_not_here(spec: Spec) -> None:
@@ -213,6 +216,8 @@ def warn_not_here(spec: Spec) -> None:
 
 
 def variant_is_assumed(spec: Spec, folder: Path) -> bool:
+    if spec.family == "e1":
+        return False  # there is one alone
     return spec.name not in SPECS and not (folder / "hidream.json").exists()
 
 
@@ -242,7 +247,8 @@ def check_loras(request: GenerateRequest, folder: Folder | None, warnings: list[
             find_lora(path)
             continue
         shapes = {name: info.shape for name, info in folder.tensors.items()}
-        warnings += read_lora(path, linear_layers(shapes), request.model or "").warnings
+        layers = linear_layers(shapes)
+        warnings += read_lora(path, layers, request.model or "", shapes=shapes).warnings
 
 
 def _batches(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,17 @@ from hidream.errors import ModelError
 from hidream.folder import Folder
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import libraries without the warnings of what they import in turn, used or not."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

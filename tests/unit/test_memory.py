@@ -31,7 +31,7 @@ from hidream.models.o1.weights import save_o1
 from hidream.models.placement import stream_ahead
 from hidream.models.quantise import num_bytes, quantised_bytes
 from hidream.pipelines import load
-from hidream.pipelines import pipeline as pipelines
+from hidream.pipelines import o1 as pipelines
 from hidream.pipelines.devices import told_when_full
 from tests import lora_files, tiny
 from tests.streams import Gpu
@@ -276,7 +276,6 @@ def test_blocks_come_one_ahead(tiny_folder, tiny_model, pipe, share, monkeypatch
     every copy waits for the computation from its buffers, every computation for its copy."""
     gpu, kept = Gpu(monkeypatch), []
     policy = Policy(name="some", what="", lends=False, piecewise=False, streamed=share)
-
     whole = placing.attach
 
     def attach(model, policy, source, like):
@@ -284,10 +283,8 @@ def test_blocks_come_one_ahead(tiny_folder, tiny_model, pipe, share, monkeypatch
         whole(model, policy, source, like)
 
     monkeypatch.setattr(placing, "attach", attach)
-    model, tokenizer = weights.load_o1(
-        tiny_folder, memory=replace(policy, lends=False, piecewise=False)
-    )
-    frugal = pipelines.Pipeline(pipe.spec, model, tokenizer)
+    model, tokenizer = weights.load_o1(tiny_folder, memory=policy)
+    frugal = pipelines.O1Pipeline(pipe.spec, model, tokenizer)
     assert same(frugal("a red cube", **FEW), pipe("a red cube", **FEW))
     (ahead,) = kept
     counted = weight_bytes(O1_TINY, policy, width=4, device="cuda")

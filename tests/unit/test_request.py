@@ -117,9 +117,9 @@ def test_prompts_may_be_anything_readable():
         {"loras": 7},
         {"loras": ("x.safetensors",) * 17},
         {"refine_prompt": "auto"},
-        {"refine_strength": 0.3},
+        {"refine_strength": 1.5},
         {"sparsity": 0.5},
-        {"image_guidance_scale": 2.0},
+        {"image_guidance_scale": -2.0},
     ],
     ids=str,
 )

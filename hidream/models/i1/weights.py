@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from hidream.errors import ModelError
-from hidream.folder import Folder, open_file, open_folder, transformer_folder
+from hidream.folder import (
+    TRANSFORMER_STEM,
+    Folder,
+    open_file,
+    open_folder,
+    transformer_folder,
+)
 from hidream.lora_file import LoraFile
 from hidream.memory import AUTO, Policy
 from hidream.models.i1.config import E1_FULL, I1_FULL, I1Config
@@ -24,7 +30,6 @@ from hidream.models.quantise import check_quantised
 from hidream.nn.attention import Backend
 from hidream.nn.moe import pack
 
-STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 MAX_SHARD = 10_000_000_000  # bytes
 
 
@@ -45,7 +50,7 @@ def open_i1(path: str | Path, config: I1Config | None = None) -> tuple[Folder, I
     path = Path(path).expanduser()
     if not path.is_dir():
         return open_file(path), config or I1_FULL
-    folder = open_folder(transformer_folder(path) or path, stem=STEM)
+    folder = open_folder(transformer_folder(path) or path, stem=TRANSFORMER_STEM)
     return folder, config or I1Config.from_dict(folder.config)
 
 
@@ -106,9 +111,11 @@ def save_i1(model: I1, path: str | Path, *, max_shard_bytes: int = MAX_SHARD) ->
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern=STEM + "{suffix}.safetensors", max_shard_size=max_shard_bytes
+        tensors,
+        filename_pattern=TRANSFORMER_STEM + "{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
-    index = f"{STEM}.safetensors.index.json"
+    index = f"{TRANSFORMER_STEM}.safetensors.index.json"
     written = {*split.filename_to_tensors, *([index] if split.is_sharded else [])}
     others = sorted({f.name for f in path.glob("*.safetensors*")} - written)
     if others:
