@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from hidream.cli import speed
+from hidream.cli.estimate import estimate
 from hidream.errors import MemoryExceeded
 from hidream.memory import AUTO, POLICIES, Policy
 from hidream.models import machine, placement
@@ -29,6 +31,8 @@ from hidream.models.loading import Reader, tensor_shapes
 from hidream.models.placement import layer_by_layer, place, stream_ahead
 from hidream.models.quantise import num_bytes, quantised_bytes
 from hidream.nn.moe import side_by_side
+from hidream.registry import SPECS
+from hidream.request import GenerateRequest, resolve
 from tests.streams import Gpu
 from tests.tiny_i1 import features, latents, random_i1
 
@@ -302,7 +306,44 @@ def test_an_encoder_comes_layer_by_layer(name, monkeypatch):
     assert max(most) <= rest + 2 * largest  # the last one goes when the next has come
 
 
-def test_the_published_encoders_are_what_is_counted_where_there_are_none(tmp_path):
+def test_the_published_encoders_are_what_is_counted_where_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIDREAM_LLAMA", str(tmp_path))
     sizes = encoder_sizes(tmp_path)
     assert 13.08e9 < sum(size.whole for size in sizes.values()) < 13.09e9
     assert sizes["text_encoder_4"].layer == 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 8192
+
+
+# -- before anything is loaded ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "teraflops"),
+    [("i1-full", 2 * 75.9), ("i1-dev", 75.9), ("i1-fast", 75.9), ("e1-1", 489.0)],
+)
+def test_an_estimate_needs_no_weights(model, teraflops, monkeypatch):
+    """Of one call at 1024²; the issue's arithmetic without what a step leaves out."""
+    monkeypatch.setattr(speed, "flops_a_second", lambda *_: 1e14)
+    monkeypatch.setattr(speed, "seconds_a_layer", lambda *_: 1e-5)
+    monkeypatch.setattr(speed, "bytes_a_second", lambda *_: 1e10)
+    spec = SPECS[model]
+    request = resolve(
+        GenerateRequest(prompt="a cube", width=1024, height=1024, seed=0), spec.defaults, 16
+    )
+    found = estimate(request, None, spec, device="cpu", dtype="bf16", memory="16gb")
+    assert found["flops"] / request.num_inference_steps == pytest.approx(teraflops * 1e12, rel=0.03)
+    assert [row["name"] for row in found["policies"]] == list(POLICIES)
+    rows = {row["name"]: row for row in found["policies"]}
+    assert rows["auto"]["memory_bytes"] > 60e9
+    assert found["memory_bytes"] == rows["16gb"]["memory_bytes"] < rows["balanced"]["memory_bytes"]
+    assert rows["stream"]["seconds"] > rows["low"]["seconds"]
+    edits = spec.family == "e1"
+    assert found["num_tokens"]["picture"] == 4096 * (2 if edits else 1)
+
+
+def test_a_refiner_is_a_second_network():
+    twice = replace(EDIT, num_networks=2)
+    for name in ("low", "stream"):
+        one, two = (need(E1_1, POLICIES[name], b, width=2, device="cuda") for b in (EDIT, twice))
+        counted = weight_bytes(E1_1, POLICIES[name], width=2, device="cuda")
+        assert two.total - one.total == counted.transformer
+        assert two.cpu - one.cpu == counted.blocks

@@ -16,6 +16,7 @@ from hidream.errors import ModelError
 from hidream.folder import open_folder
 from hidream.memory import Policy, spread
 from hidream.models.i1.config import I1Config
+from hidream.models.i1.llama import find_llama
 from hidream.models.i1.model import I1
 from hidream.models.loading import tensor_shapes
 from hidream.models.machine import Need, check_room, runtime_bytes
@@ -84,7 +85,8 @@ class BatchSize:
     """What is computed together: pictures, guidance branches, and the tokens of each.
 
     `num_patches` are a picture's, its source's and the padding's; `num_text` T5's and Llama's
-    tokens, each; `num_pixels` the picture's, or a tile's where it is decoded in tiles.
+    tokens, each; `num_pixels` the picture's, or a tile's where it is decoded in tiles;
+    `num_networks` is 2 where an I1 refines what an E1 has edited.
     """
 
     num_pictures: int
@@ -92,6 +94,7 @@ class BatchSize:
     num_patches: int
     num_steps: int
     num_pixels: int
+    num_networks: int = 1
     num_text: int = 128
     encoders: Mapping[str, EncoderSize] = field(default_factory=lambda: ENCODERS)
 
@@ -126,11 +129,15 @@ def is_quantised(name: str, shape: list[int], policy: Policy) -> bool:
 
 
 def encoder_sizes(folder: Path) -> dict[str, EncoderSize]:
-    """A repository's text encoders, by their headers; the published ones where there are none."""
+    """A repository's text encoders, by their headers; the published ones where there are none.
+
+    Llama may be elsewhere (see `find_llama`).
+    """
     found = dict(ENCODERS)
     for name in ENCODERS:
         try:
-            tensors = open_folder(folder / name).tensors
+            place = find_llama(folder)[0] if name == "text_encoder_4" else folder / name
+            tensors = open_folder(place).tensors
         except ModelError:
             continue
         layers: dict[str, int] = {}
@@ -245,12 +252,12 @@ def need(
     ]
     lent, activations = max(stages, key=sum)
     return Need(
-        weights=weights.always + lent,
+        weights=weights.always + (batch.num_networks - 1) * weights.transformer + lent,
         loras=loras,
         prefix=rows * kept,
         activations=activations,
         runtime=runtime_bytes(device),
-        cpu=weights.cpu,
+        cpu=weights.cpu + (batch.num_networks - 1) * (weights.blocks if weights.cpu else 0),
     )
 
 
