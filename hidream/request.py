@@ -47,6 +47,7 @@ _OF_FAMILIES = (
     ("refine_strength", ("e1",), "E1's editing"),
     ("encoder_prompts", ("i1", "e1"), "I1 and E1"),
     ("tile", ("i1",), "I1's textures"),
+    ("as_published", ("i1", "e1"), "I1 and E1"),
 )
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -73,9 +74,12 @@ class GenerateRequest:
     prompt.
 
     Of I1 and E1: `encoder_prompts` holds (encoder, text) pairs, or is a mapping, of text encoders
-    (`ENCODERS`) that read something else than the prompt. Of E1: `image_guidance_scale` leads
-    towards the source, `clip_cfg_norm` keeps the guided velocity no longer than the unguided one,
-    and `refine_strength` is the share of the steps that an I1 takes, after the others.
+    (`ENCODERS`) that read something else than the prompt. `as_published` does as their published
+    pipelines do: it scales the size to the model's native area, shows the network whole timesteps
+    and takes the steps' noise from torch's own generator, whatever the seed. Of E1:
+    `image_guidance_scale` leads towards the source, `clip_cfg_norm` keeps the guided velocity no
+    longer than the unguided one, and `refine_strength` is the share of the steps that an I1 takes,
+    after the others.
 
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
@@ -114,6 +118,7 @@ class GenerateRequest:
     expand: Margins | None = None
     sheet: Sheet | None = None
     tile: bool | None = None
+    as_published: bool | None = None
     refine_prompt: str | None = None
     refine_strength: float | None = None
     sparsity: float | None = None
@@ -130,7 +135,7 @@ class GenerateRequest:
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
         put(self, "encoder_prompts", _encoder_prompts(self.encoder_prompts))
-        for name in ("keep_aspect", "deterministic", "clip_cfg_norm", "tile"):
+        for name in ("keep_aspect", "deterministic", "clip_cfg_norm", "tile", "as_published"):
             if getattr(self, name) not in (None, True, False):
                 raise UsageError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         for name in ("width", "height"):
@@ -270,6 +275,11 @@ def resolve(
         width, height = _canvas(request, source_size, expand)
     else:
         width, height = _resolved_size(request, defaults, patch_size, source_size, keep_aspect)
+        if request.as_published:
+            scale = math.sqrt(defaults.width * defaults.height / (width * height))
+            width, height = (
+                max(1, int(side * scale // patch_size)) * patch_size for side in (width, height)
+            )
     sigmas, steps = request.sigmas, request.num_inference_steps
     if sigmas is None and defaults.sigmas is not None:
         own_steps = steps in (None, len(defaults.sigmas))
@@ -311,6 +321,7 @@ def resolve(
         sheet=sheet,
         strength=_or(request.strength, strength) if request.init_image else None,
         tile=bool(request.tile),
+        as_published=bool(request.as_published),
         refine_prompt=request.refine_prompt or "off",
         sparsity=_or(request.sparsity, 0.0),
         deterministic=bool(request.deterministic),
@@ -362,7 +373,8 @@ def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str,
     for name in ("width", "height"):
         before, after = getattr(asked, name), getattr(resolved, name)
         if before is not None and before != after:
-            found.append(f"{name}={before} is snapped to {after}.")
+            how = "scaled" if resolved.as_published else "snapped"
+            found.append(f"{name}={before} is {how} to {after}.")
     if asked.expand is not None and asked.expand != resolved.expand:
         found.append(f"expand={asked.expand} is snapped to {resolved.expand}.")
     for name in ("gutter", "width", "height"):

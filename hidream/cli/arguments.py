@@ -210,6 +210,9 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
         **unset,
     )
     group.add_argument(
+        "--as-published", action="store_true", help="I1, E1: as their own pipelines do", **unset
+    )
+    group.add_argument(
         "--deterministic", action="store_true", help="same bits in any batch", **unset
     )
 

@@ -8,9 +8,8 @@ what the model was trained on.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from hidream.errors import ModelError
 from hidream.folder import open_folder
 from hidream.models.loading import load_weights, quiet_imports
+from hidream.tiling import Tile, join, split
 
 STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 TILE = 128  # latents: 1024 pixels
@@ -103,7 +103,9 @@ class LatentCodec:
         def encode(part: Tensor) -> Tensor:
             return self.vae.encode(part.to(self.device, self.dtype)).latent_dist.mode().float()
 
-        return (self._coded(encode, pictures, self.factor, 1) - self._shift) * self._scale
+        with self._there():
+            latents = self._coded(encode, pictures, self.factor, 1)
+        return (latents - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c height width"]) -> Float[Tensor, "b 3 h w"]:
@@ -113,13 +115,24 @@ class LatentCodec:
             return self.vae.decode(part.to(self.dtype)).sample.float()
 
         latents = latents.to(self.device, torch.float32) / self._scale + self._shift
-        return self._coded(decode, latents, 1, self.factor)
+        with self._there():
+            return self._coded(decode, latents, 1, self.factor)
 
     def to(self, device: torch.device | str) -> LatentCodec:
         self.device = torch.device(device)
-        if self.keep:
-            self.vae.to(self.device)
+        self.vae.to(self.device if self.keep else "cpu")
         return self
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        if self.keep:
+            yield
+            return
+        try:
+            self.vae.to(self.device)
+            yield
+        finally:
+            self.vae.to("cpu")
 
     @property
     def _scale(self) -> float:
@@ -133,67 +146,17 @@ class LatentCodec:
         self, function: Callable[[Tensor], Tensor], x: Tensor, unit: int, out_unit: int
     ) -> Tensor:
         """Row by row, so that memory and bits are those of one picture; in tiles where large."""
-        options = {"tile": self.tile, "overlap": self.overlap, "unit": unit, "out_unit": out_unit}
-        whole = x.shape[-2] * x.shape[-1] <= self.max_whole * unit**2
-        coded = function if whole else partial(in_tiles, function, **options)
-        self.vae.to(self.device)
-        try:
-            return torch.cat([coded(row) for row in x.split(1)])
-        finally:
-            if not self.keep:
-                self.vae.to("cpu")
+        if x.shape[-2] * x.shape[-1] <= self.max_whole * unit**2:
+            return torch.cat([function(row) for row in x.split(1)])
+        size = (x.shape[-2] // unit * out_unit, x.shape[-1] // unit * out_unit)
+        tiles = split(size, self.tile * out_unit, self.overlap * out_unit, out_unit)
 
+        def read(row: Tensor, tile: Tile) -> Tensor:
+            rows, columns = (
+                slice(place.start // out_unit * unit, place.stop // out_unit * unit)
+                for place in (tile.rows, tile.columns)
+            )
+            return function(row[..., rows, columns])
 
-def in_tiles(
-    function: Callable[[Tensor], Tensor],
-    x: Float[Tensor, "b c h w"],
-    *,
-    tile: int,
-    overlap: int,
-    unit: int = 1,
-    out_unit: int = 1,
-) -> Float[Tensor, "b d height width"]:
-    """`function` of overlapping tiles of `x`, blended.
-
-    Tiles are `tile` units wide, or as `x` where that is smaller, and overlap by `overlap` units or
-    more; a unit is so many places of `x`, and `out_unit` places of what the function makes of it.
-    Where tiles overlap, weights rise linearly with the distance to a tile's border, and add up to
-    1.
-    """
-    rows, columns = (side // unit for side in x.shape[-2:])
-    total = weights = None
-    for top in _starts(rows, tile, overlap):
-        for left in _starts(columns, tile, overlap):
-            high, wide = min(tile, rows), min(tile, columns)
-            made = function(x[(..., *_window(top, left, high, wide, unit))])
-            if total is None or weights is None:
-                total = made.new_zeros(*made.shape[:2], rows * out_unit, columns * out_unit)
-                weights = made.new_zeros(total.shape[-2:])
-            down, across = (_ramp(side, overlap * out_unit).to(made) for side in made.shape[-2:])
-            weight, place = down[:, None] * across, _window(top, left, high, wide, out_unit)
-            total[(..., *place)] += made * weight
-            weights[place] += weight
-    assert total is not None
-    assert weights is not None
-    return total / weights
-
-
-def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: as few as there can be, spread evenly."""
-    if side <= tile:
-        return [0]
-    count = math.ceil((side - overlap) / (tile - overlap))
-    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
-
-
-def _window(top: int, left: int, high: int, wide: int, unit: int) -> tuple[slice, slice]:
-    return (
-        slice(top * unit, (top + high) * unit),
-        slice(left * unit, (left + wide) * unit),
-    )
-
-
-def _ramp(size: int, fade: int) -> Float[Tensor, " size"]:
-    """Weights that rise to 1 over `fade` places from both ends."""
-    distance = torch.minimum(torch.arange(size), torch.arange(size).flip(0)) + 0.5
-    return (distance / max(fade, 1)).clamp(max=1)
+        coded = [join([read(row, tile) for tile in tiles], tiles, size) for row in x.split(1)]
+        return torch.cat(coded)

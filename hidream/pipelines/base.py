@@ -336,6 +336,7 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.clip_cfg_norm,
         request.refine_strength,
         request.tile,
+        request.as_published,
         request.noise_scale,
         request.noise_clip_std,
         request.strength,

@@ -77,22 +77,34 @@ def denoise_latents(
     height, width = ((side or 0) // codec.factor for side in (request.height, request.width))
     device, shape = model.x_embedder.proj.weight.device, (codec.channels, height, width)
     sigmas = sigmas_of(request, distilled=distilled)
-    whole = _Work(encoders, jobs, (height, width), sigmas, counter, cancel)
+    timesteps = None
+    if request.as_published and not distilled and request.sigmas is None:
+        timesteps = sampling.i1_timesteps(request.num_inference_steps or 1, request.shift or 1.0)
+    shown = sigmas[:-1] if timesteps is None else timesteps[-len(sigmas) + 1 :] / 1000
+    whole = _Work(encoders, jobs, (height, width), shown, counter, cancel)
 
     def step_noise(step: int) -> Tensor:
+        if request.as_published:
+            return torch.randn(len(jobs), *shape).to(device)
         return sampling.step_noise(seeds, step, shape).to(device)
+
+    def told(denoise: sampling.Denoise) -> sampling.Denoise:
+        if timesteps is None:
+            return denoise
+        return sampling.at_timesteps(denoise, sigmas, timesteps)
 
     noise = sampling.initial_noise(seeds, shape).to(device)
     edited = None
     if jobs[0].edited is not None:
         pictures = [to_tensor(job.edited) for job in jobs if job.edited is not None]
         edited = codec.encode(torch.stack(pictures).to(device))
-    denoise = _in_tiles(model, whole) if _is_large(model, whole) else _guided(model, whole, edited)
+    work_of = _in_tiles if _is_large(model, whole) else _guided
+    denoise = told(work_of(model, whole, edited))
     if refiner is not None:
         finals = [replace(job, texts=job.target or job.texts) for job in jobs]
         num_first = edit_steps(len(sigmas) - 1, request.refine_strength or 0.0)
         finish = _guided(refiner, replace(whole, jobs=finals), None)
-        denoise = sampling.in_two_phases(denoise, finish, sigmas, num_first)
+        denoise = sampling.in_two_phases(denoise, told(finish), sigmas, num_first)
     if request.tile:
         denoise = seamless(denoise, sigmas.tolist(), model.config.patch_size)
     x_t = (request.noise_scale or 1.0) * noise
@@ -127,12 +139,13 @@ def denoise_latents(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a network is asked for: `size` is (height, width) in latents."""
+    """What a network is asked for: `size` is (height, width) in latents, `shown` the noise levels
+    that it is told."""
 
     encoders: TextEncoders
     jobs: Sequence[LatentJob]
     size: tuple[int, int]
-    sigmas: Tensor
+    shown: Tensor
     counter: Counter
     cancel: CancelToken | None
 
@@ -179,7 +192,7 @@ def _is_large(model: I1, work: _Work) -> bool:
     return height * width // model.config.patch_size**2 > model.config.max_patches
 
 
-def _in_tiles(model: I1, work: _Work) -> sampling.Denoise:
+def _in_tiles(model: I1, work: _Work, sources: Tensor | None) -> sampling.Denoise:
     """The velocity of a picture that is too large for the network, from tiles as large as it can.
 
     A side that is shorter than a tile leaves the rest to the other one.
@@ -188,7 +201,7 @@ def _in_tiles(model: I1, work: _Work) -> sampling.Denoise:
     side = math.isqrt(model.config.max_patches) * unit
     tiles = split(work.size, side, side // 4 // unit * unit, unit)
     size = (tiles[0].rows.stop, tiles[0].columns.stop)
-    denoise = _guided(model, replace(work, size=size), None)
+    denoise = _guided(model, replace(work, size=size), sources)
 
     def blended(x_t: Tensor, sigma: Tensor) -> Tensor:
         return join([denoise(tile.of(x_t), sigma) for tile in tiles], tiles, work.size)
@@ -222,7 +235,7 @@ def _read(model: I1, work: _Work, rows: Sequence[sampling.Row], sources: Tensor 
         height=work.size[0],
         width=work.size[1],
         source=source,
-        sigmas=work.sigmas[:-1],
+        sigmas=work.shown,
     )
     return prefix.take([distinct.index(item) for item in asked])
 

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from hidream.cli import speed
 from hidream.cli.estimate import estimate
-from hidream.errors import MemoryExceeded
+from hidream.errors import MemoryExceeded, UsageError
 from hidream.memory import AUTO, POLICIES, Policy
 from hidream.models import machine, placement
 from hidream.models.i1 import placing, weights
@@ -31,10 +31,13 @@ from hidream.models.loading import Reader, tensor_shapes
 from hidream.models.placement import layer_by_layer, place, stream_ahead
 from hidream.models.quantise import num_bytes, quantised_bytes
 from hidream.nn.moe import side_by_side
+from hidream.pipelines import load
 from hidream.registry import SPECS
 from hidream.request import GenerateRequest, resolve
+from tests import tiny
+from tests.lora_files import matrices, write
 from tests.streams import Gpu
-from tests.tiny_i1 import features, latents, random_i1
+from tests.tiny_i1 import features, latents, make_tiny_i1, random_i1
 
 SIGMAS = torch.tensor([0.9, 0.4])
 EXACT = [policy.name for policy in POLICIES.values() if policy.exact and policy != AUTO]
@@ -311,6 +314,26 @@ def test_the_published_encoders_are_what_is_counted_where_there_are_none(tmp_pat
     sizes = encoder_sizes(tmp_path)
     assert 13.08e9 < sum(size.whole for size in sizes.values()) < 13.09e9
     assert sizes["text_encoder_4"].layer == 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 8192
+
+
+# -- the whole pipeline ----------------------------------------------------------------------------
+
+
+def test_pictures_are_the_same_and_nothing_stays(tmp_path):
+    folder = make_tiny_i1(tmp_path / "tiny", llama_inside=True)
+    frugal, plain = (load(folder, device="cpu", memory=name) for name in ("12gb", "auto"))
+    asked = {"num_inference_steps": 2, "seed": 7, "width": 48, "height": 64, "guidance_scale": 3}
+    lora = write(tmp_path / "a.safetensors", matrices(plain.model), "ai-toolkit")
+    for loras in ([], [(lora, 0.5)], []):
+        one, other = (pipe("a red cube", loras=loras, **asked) for pipe in (frugal, plain))
+        assert tiny.levels(one.images[0], other.images[0]) == 0
+    assert frugal.memory is POLICIES["12gb"]
+    assert frugal.encoders.in_memory == ()
+    assert frugal.encoders.piecewise
+    assert not frugal.codec.keep
+    assert len(plain.encoders.in_memory) == 4
+    with pytest.raises(UsageError, match="stays on its device"):
+        frugal.to("cpu")
 
 
 # -- before anything is loaded ---------------------------------------------------------------------

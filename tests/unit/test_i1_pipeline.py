@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hidream import sampling
 from hidream.errors import ModelError, UsageError
 from hidream.models.i1.config import I1_TINY
 from hidream.pipelines import HiDreamPipeline, load
@@ -217,6 +218,45 @@ def test_encoder_prompts(pipe):
 def test_long_prompts_are_said_to_be_cut(pipe):
     out = pipe("red " * 300, width=SIDE, height=SIDE, **FEW)
     assert any("128 of the prompt's" in text for text in out.warnings)
+
+
+@pytest.mark.parametrize("variant", ["full", "dev"])
+@pytest.mark.parametrize("size", [(128, 128), (256, 112)])
+def test_as_published_is_diffusers_pipeline(folder, variant, size):
+    """Text encoders, guidance, network, scheduler and VAE together, from the same noise."""
+    from diffusers import FlowMatchLCMScheduler, HiDreamImagePipeline, UniPCMultistepScheduler
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    steps, shift = (6, 3.0) if variant == "full" else (5, 6.0)
+    kind = UniPCMultistepScheduler if variant == "full" else FlowMatchLCMScheduler
+    own = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    theirs = HiDreamImagePipeline.from_pretrained(
+        folder,
+        scheduler=kind(**own) if variant == "full" else kind(shift=shift),
+        text_encoder_4=LlamaForCausalLM.from_pretrained(
+            folder / "text_encoder_4", output_hidden_states=True, output_attentions=True
+        ),
+        tokenizer_4=AutoTokenizer.from_pretrained(folder / "tokenizer_4"),
+    )
+    theirs.set_progress_bar_config(disable=True)
+    theirs.default_sample_size = 16
+    ours = load(folder, device="cpu", variant=variant)
+    asked = {"width": size[0], "height": size[1], "num_inference_steps": steps}
+    torch.manual_seed(11)
+    out = ours("a red cube", negative_prompt="blur", as_published=True, seed=3, **asked)
+    image = out.images[0]
+    noise = sampling.initial_noise([3], (4, image.height // 8, image.width // 8))
+    torch.manual_seed(11)
+    (wanted,) = theirs(
+        "a red cube",
+        negative_prompt="blur",
+        **asked,
+        guidance_scale=5.0 if variant == "full" else 0.0,
+        latents=noise,
+    ).images
+    assert image.size == wanted.size
+    assert levels(image, wanted) <= 1
+    assert any("is scaled to" in text for text in out.warnings) == (image.size != size)
 
 
 # -- E1 --------------------------------------------------------------------------------------------

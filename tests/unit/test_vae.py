@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from hidream.errors import ModelError
-from hidream.models.vae import LatentCodec, in_tiles
+from hidream.models.vae import LatentCodec
 from tests.tiny_i1 import write_vae
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -71,32 +71,6 @@ def test_latents_are_fp32_whatever_the_weights(tiny_i1_folder):
     assert narrow.vae.dtype == torch.float32
 
 
-@pytest.mark.parametrize("size", [(5, 5), (8, 21), (13, 30), (40, 9)])
-def test_tiles_of_a_local_function_are_the_whole(size):
-    def larger(x):
-        return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
-
-    x = noise(1, 3, *size)
-    made = in_tiles(larger, x, tile=8, overlap=3, out_unit=2)
-    torch.testing.assert_close(made, larger(x), rtol=0, atol=1e-6)
-    back = in_tiles(lambda y: y[..., ::2, ::2], made, tile=8, overlap=3, unit=2)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
-
-
-def test_tiles_that_differ_are_blended_over_the_overlap():
-    count = iter(range(100))
-    made = in_tiles(
-        lambda x: torch.full_like(x, float(next(count))),
-        torch.zeros(1, 1, 8, 48),
-        tile=16,
-        overlap=8,
-    )
-    assert next(count) == 5
-    assert made.min() == 0
-    assert made.max() == 4
-    assert made.diff(dim=-1).max() <= 1 / 8 + 1e-6
-
-
 def test_tiled_coding_is_close_to_whole(codec, monkeypatch):
     latents = waves(48, 64)
     whole = codec.decode(latents)
@@ -114,7 +88,7 @@ def test_tiled_coding_is_close_to_whole(codec, monkeypatch):
 
 
 def test_only_large_ones_are_tiled(codec, monkeypatch):
-    monkeypatch.setattr("hidream.models.vae.in_tiles", lambda *_, **__: pytest.fail("tiled"))
+    monkeypatch.setattr("hidream.models.vae.split", lambda *_, **__: pytest.fail("tiled"))
     codec.decode(noise(1, 4, 16, 16))
     monkeypatch.setattr(codec, "max_whole", 255)
     with pytest.raises(pytest.fail.Exception):
