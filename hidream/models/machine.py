@@ -57,13 +57,14 @@ def check_room(
     while fitting.smaller is not None and least(fitting) > room:
         fitting = POLICIES[fitting.smaller]
     needed, there, at_a_time = (f"{n / 1e9:.1f}" for n in (least(policy), room, least(fitting)))
-    problem = (
-        f"--memory {policy.name} needs {needed} GB for weights alone; {device} has {there} GB."
-    )
     if least(fitting) > room:
-        raise MemoryExceeded(problem, "Use a smaller model.")
+        raise MemoryExceeded(
+            f"--memory {policy.name} needs {needed} GB for weights alone; {device} has {there} GB.",
+            "Use a smaller model.",
+        )
     raise MemoryExceeded(
-        problem, f"Use --memory {fitting.name}, which needs {at_a_time} GB for weights."
+        f"--memory {policy.name} needs {needed} GB for weights alone; {device} has {there} GB.",
+        f"Use --memory {fitting.name}, which needs {at_a_time} GB for weights.",
     )
 
 

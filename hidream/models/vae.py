@@ -129,10 +129,12 @@ class LatentCodec:
             yield
             return
         try:
-            self.vae.to(self.device)
+            with torch.inference_mode(False):
+                self.vae.to(self.device)
             yield
         finally:
-            self.vae.to("cpu")
+            with torch.inference_mode(False):
+                self.vae.to("cpu")
 
     @property
     def _scale(self) -> float:
