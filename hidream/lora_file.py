@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,15 @@ class LoraLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """What a LoRA file does to one model: the layers that fit, and what a user should know."""
+    """What a LoRA file does to one model: the layers that fit, and what a user should know.
+
+    `whole`: tensors of the model that the file brings whole, and their names in the file.
+    """
 
     path: Path
     stamp: tuple[int, int]
     layers: tuple[LoraLayer, ...]
+    whole: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -107,8 +111,17 @@ def find_lora(path: str) -> Path:
     return files[0]
 
 
-def read_lora(path: str, layers: Mapping[str, tuple[int, int]], model: str) -> LoraFile:
+def read_lora(
+    path: str,
+    layers: Mapping[str, tuple[int, int]],
+    model: str,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> LoraFile:
     """Match a LoRA file's tensors with a model's linear layers (see `linear_layers`).
+
+    With `shapes`, those of all the model's tensors, a file may bring some whole beside its LoRA,
+    as HiDream-E1-Full.safetensors does.
 
     Raises:
         InputError: no such file, not safetensors, damaged, none of its layers fits the model,
@@ -124,7 +137,9 @@ def read_lora(path: str, layers: Mapping[str, tuple[int, int]], model: str) -> L
         raise InputError(error.problem, error.remedy.replace("folder", "file")) from error
     except OSError as error:
         raise InputError(f"the LoRA {file} cannot be read: {error.strerror}.") from error
-    groups = _grouped(tensors)
+    whole = _whole(tensors, shapes or {}, file)
+    taken = set(whole.values())
+    groups = _grouped({name: info for name, info in tensors.items() if name not in taken})
     names = _names(layers)
     fitting: dict[str, LoraLayer] = {}
     left_out, rest = [], []
@@ -138,6 +153,8 @@ def read_lora(path: str, layers: Mapping[str, tuple[int, int]], model: str) -> L
         rest += [roles["other"]] if "other" in roles else []
         _check(file, group, roles, tensors, layers[layer])
         fitting[layer] = _lora_layer(layer, roles, tensors, config)
+        if "magnitude" in roles and f"{layer}.weight" in whole:
+            raise InputError(f"{file} brings {layer} whole and as a DoRA.", _AGAIN)
     if not fitting:
         raise _unfit(file, left_out, tensors, model)
     warnings = []
@@ -153,7 +170,11 @@ def read_lora(path: str, layers: Mapping[str, tuple[int, int]], model: str) -> L
             f"{file} has no adapter_config.json beside it: its alpha is taken to be its rank."
         )
     return LoraFile(
-        path=file, stamp=stamp, layers=tuple(fitting.values()), warnings=tuple(warnings)
+        path=file,
+        stamp=stamp,
+        layers=tuple(fitting.values()),
+        whole=whole,
+        warnings=tuple(warnings),
     )
 
 
@@ -195,6 +216,37 @@ def _grouped(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
             )
         roles[role] = name
     return groups
+
+
+def _whole(
+    tensors: Mapping[str, TensorInfo], shapes: Mapping[str, Sequence[int]], file: Path
+) -> dict[str, str]:
+    """Tensors of the model that the file holds under their own names, and these names.
+
+    Where a layer has a LoRA as well, PEFT puts `.base_layer` before the tensor's last word.
+    """
+    found: dict[str, str] = {}
+    for key, info in tensors.items():
+        name = key.replace(".base_layer.", ".")
+        while name not in shapes:
+            prefix = next((p for p in _PREFIXES if name.startswith(p)), None)
+            if prefix is None:
+                break
+            name = name.removeprefix(prefix)
+        if name not in shapes:
+            continue
+        if name in found:
+            raise InputError(f"{file} changes the tensor {name} twice.", _AGAIN)
+        if info.dtype not in _DTYPES:
+            raise InputError(f"{key} in {file} is {info.dtype}; it must be a float.")
+        if list(info.shape) != list(shapes[name]):
+            raise InputError(
+                f"{file} is for a model of another size: {key} is {list(info.shape)}, here "
+                f"{list(shapes[name])}.",
+                "Use a LoRA of this model.",
+            )
+        found[name] = key
+    return found
 
 
 def _role_of(name: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Memory policies: where a model's weights are while nothing reads them, and in which numbers.
 
 No torch here: a misspelt policy is refused before it loads. What a policy needs of a model is
-counted in `models/o1/memory.py`; what it does is in `models/placement.py`.
+counted in `models/o1/memory.py` and `models/i1/memory.py`; what it does is in
+`models/placement.py`.
 """
 
 from __future__ import annotations
@@ -16,24 +17,28 @@ from typing import Literal
 from hidream.errors import UsageError
 from hidream.registry import nearest
 
-Quantised = Literal["int8", "fp8"]
+Quantised = Literal["int8", "fp8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """One way to keep a model's weights.
 
-    `lends`: the token embeddings stay in CPU memory, where rows are looked up; the language head
-    and the vision tower are on the device only while they are used. `streamed`: the share of the
-    decoder's blocks that live in CPU memory and come to the device in turn. `weights`: the numbers
-    that the blocks' linear layers are kept in; None: the model's dtype. `smaller` names the policy
-    that needs less of the device.
+    `lends`: what a step does not need is on the device only while it is used: O1's language head
+    and vision tower; I1's text encoders, one after the other, its VAE, and what a prompt alone
+    goes through. `piecewise`: and never as a whole: of token embeddings, which stay in CPU memory,
+    rows are looked up, and a large text encoder comes layer by layer. `streamed`: the share of the
+    blocks that live in CPU memory and come to the device in turn; of I1, which is four times as
+    large, it is `streamed_i1`. `weights`: the numbers that the blocks' linear layers are kept in;
+    None: the model's dtype. `smaller` names the policy that needs less of the device.
     """
 
     name: str
     what: str
     lends: bool = True
+    piecewise: bool = True
     streamed: float = 0.0
+    streamed_i1: float = 0.0
     weights: Quantised | None = None
     smaller: str | None = None
 
@@ -44,33 +49,53 @@ class Policy:
 
     def streamed_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Which blocks are streamed: evenly spread, so that the others hide the copying."""
-        count = math.ceil(self.streamed * num_blocks)
-        return tuple((i + 1) * num_blocks // count - 1 for i in range(count))
+        return spread(math.ceil(self.streamed * num_blocks), num_blocks)
+
+
+def spread(count: int, num_blocks: int) -> tuple[int, ...]:
+    """`count` of so many blocks, evenly spread; the last is one of them."""
+    return tuple((i + 1) * num_blocks // count - 1 for i in range(count))
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         policy.name: policy
         for policy in (
-            Policy(name="auto", what="everything on the device", lends=False, smaller="low"),
+            Policy(
+                name="auto",
+                what="everything on the device",
+                lends=False,
+                piecewise=False,
+                smaller="balanced",
+            ),
+            Policy(
+                name="balanced",
+                what="what a step does not need is on the device only while it is used",
+                piecewise=False,
+                smaller="low",
+            ),
             Policy(
                 name="low",
-                what="embeddings in CPU memory; language head and vision tower only while used",
+                what="balanced, and that in pieces: embeddings row by row, encoders layer by layer",
                 smaller="16gb",
             ),
             Policy(
                 name="16gb",
-                what="low, and a quarter of the blocks streamed: the 8B on a 16 GB card",
+                what="low, and a part of the blocks streamed: for a 16 GB card",
                 streamed=0.25,
+                streamed_i1=0.625,
                 smaller="12gb",
             ),
             Policy(
                 name="12gb",
-                what="low, and half of the blocks streamed: the 8B on a 12 GB card",
+                what="low, and a larger part of the blocks streamed: for a 12 GB card",
                 streamed=0.5,
+                streamed_i1=0.8125,
                 smaller="stream",
             ),
-            Policy(name="stream", what="low, and every block streamed", streamed=1.0),
+            Policy(
+                name="stream", what="low, and every block streamed", streamed=1.0, streamed_i1=1.0
+            ),
             Policy(
                 name="int8",
                 what="low, and the blocks in 8-bit integers (torchao); pictures differ a little",
@@ -81,6 +106,12 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
                 name="fp8",
                 what="low, and the blocks in 8-bit floats (torchao); pictures differ a little",
                 weights="fp8",
+                smaller="stream",
+            ),
+            Policy(
+                name="int4",
+                what="low, and the blocks in 4-bit integers (torchao); pictures differ visibly",
+                weights="int4",
                 smaller="stream",
             ),
         )

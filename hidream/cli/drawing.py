@@ -269,7 +269,8 @@ def check_loras(request: GenerateRequest, folder: Folder | None, warnings: list[
             find_lora(path)
             continue
         shapes = {name: info.shape for name, info in folder.tensors.items()}
-        warnings += read_lora(path, linear_layers(shapes), request.model or "").warnings
+        layers = linear_layers(shapes)
+        warnings += read_lora(path, layers, request.model or "", shapes=shapes).warnings
 
 
 def _batches(

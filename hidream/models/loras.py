@@ -60,21 +60,40 @@ def with_loras(
     """`model` as these LoRAs, each with its scale, change it together; the model stays as it is.
 
     Each is measured from the unchanged model and the changes are added, so that their order does
-    not matter. `elsewhere` is the model's, where not all of its weights are on the device.
+    not matter. So is a tensor that a file holds whole: a scale goes that share of the way to it.
+    `elsewhere` is the model's, where not all of its weights are on the device.
     Raises InputError where a file cannot be read any more.
     """
     parts: dict[str, list[tuple[LoraLayer, Weights, float]]] = {}
+    wholes: dict[str, list[tuple[Tensor, float]]] = {}
     for file, scale in loras:
         if scale == 0:
             continue
         tensors = weights.get(file)
         for layer in file.layers:
             parts.setdefault(layer.layer, []).append((layer, tensors, scale))
+        for name, key in file.whole.items():
+            wholes.setdefault(name, []).append((tensors[key], scale))
     branches = {}
     for name, changes in parts.items():
         weight, like = _weight(model, f"{name}.weight", changes, elsewhere)
         branches[name] = summed([_branch(weight, *change) for change in changes], like=like)
-    return adapted(model, branches)
+    whole = {name: _moved(model, name, targets, elsewhere) for name, targets in wholes.items()}
+    return adapted(model, branches, whole)
+
+
+def _moved(
+    model: nn.Module,
+    name: str,
+    targets: Sequence[tuple[Tensor, float]],
+    elsewhere: Elsewhere | None,
+) -> Tensor:
+    """A tensor W as files bring it whole: W + the sum of scale · (target - W); one at 1 is it."""
+    like = elsewhere.like if elsewhere is not None else model.get_parameter(name)
+    if len(targets) == 1 and targets[0][1] == 1:
+        return targets[0][0].to(like)
+    weight = (elsewhere.read(name) if elsewhere is not None else like).float()
+    return sum((scale * (t.to(weight) - weight) for t, scale in targets), weight).to(like)
 
 
 def _weight(
@@ -110,6 +129,8 @@ def _read(file: LoraFile) -> Weights:
                 for name in (layer.down, layer.up, layer.alpha, layer.magnitude):
                     if name is not None:
                         tensors[name] = opened.get_tensor(name)
+            for name in file.whole.values():
+                tensors[name] = opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{file.path} was changed or removed while in use.", "Try again."

@@ -8,7 +8,8 @@ what the model was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ class LatentCodec:
     """Pictures to latents and back; latents are fp32, of mean 0 and deviation 1 or so.
 
     `tile` and `overlap` are in latents, along both sides; pictures of more than `max_whole` latents
-    are coded in tiles, which bounds the memory that they take.
+    are coded in tiles, which bounds the memory that they take. `keep` False has the autoencoder on
+    the device only while it codes, and in CPU memory otherwise.
     """
 
-    def __init__(self, vae: Any, *, device: torch.device | str, dtype: torch.dtype):
+    def __init__(
+        self, vae: Any, *, device: torch.device | str, dtype: torch.dtype, keep: bool = True
+    ):
         self.vae = vae
         self.device = torch.device(device)
         self.dtype = dtype
+        self.keep = keep
         self.tile, self.overlap, self.max_whole = TILE, OVERLAP, MAX_WHOLE
 
     @classmethod
@@ -47,6 +52,7 @@ class LatentCodec:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        keep: bool = True,
     ) -> LatentCodec:
         """The autoencoder of a repository's `vae`.
 
@@ -76,8 +82,8 @@ class LatentCodec:
                 f"the config.json in {folder} is not that of a VAE ({error}).",
                 "Download the folder again.",
             ) from error
-        load_weights(vae, opened, device=device, dtype=dtype)
-        return cls(vae, device=device, dtype=dtype)
+        load_weights(vae, opened, device=device if keep else "cpu", dtype=dtype)
+        return cls(vae, device=device, dtype=dtype, keep=keep)
 
     @property
     def channels(self) -> int:
@@ -97,7 +103,9 @@ class LatentCodec:
         def encode(part: Tensor) -> Tensor:
             return self.vae.encode(part.to(self.device, self.dtype)).latent_dist.mode().float()
 
-        return (self._coded(encode, pictures, self.factor, 1) - self._shift) * self._scale
+        with self._there():
+            latents = self._coded(encode, pictures, self.factor, 1)
+        return (latents - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c height width"]) -> Float[Tensor, "b 3 h w"]:
@@ -107,12 +115,26 @@ class LatentCodec:
             return self.vae.decode(part.to(self.dtype)).sample.float()
 
         latents = latents.to(self.device, torch.float32) / self._scale + self._shift
-        return self._coded(decode, latents, 1, self.factor)
+        with self._there():
+            return self._coded(decode, latents, 1, self.factor)
 
     def to(self, device: torch.device | str) -> LatentCodec:
         self.device = torch.device(device)
-        self.vae.to(self.device)
+        self.vae.to(self.device if self.keep else "cpu")
         return self
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        if self.keep:
+            yield
+            return
+        try:
+            with torch.inference_mode(False):
+                self.vae.to(self.device)
+            yield
+        finally:
+            with torch.inference_mode(False):
+                self.vae.to("cpu")
 
     @property
     def _scale(self) -> float:

@@ -1,12 +1,14 @@
 """Low-rank changes of linear layers (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353).
 
 A changed model is a view of the unchanged one: `adapted` shares every weight and leaves the given
-module as it is, so that many LoRAs can be used in turn, or at once, and none has to be undone.
+module as it is, so that many LoRAs can be used in turn, or at once, and none has to be undone. Some
+files bring a few tensors whole, too: the view has those in place of the module's.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -60,37 +62,55 @@ class LoraLinear(nn.Module):
         return out + added
 
 
-def adapted(module: Module, branches: Mapping[str, Branch]) -> Module:
-    """`module` with these branches, by layer name; it shares everything with the module given.
+def adapted(
+    module: Module, branches: Mapping[str, Branch], whole: Mapping[str, Tensor] | None = None
+) -> Module:
+    """`module` with these branches, by layer name, and these tensors, by their own, as its own.
 
-    Raises AttributeError for a name that is no layer of the module.
+    It shares everything else with the module given. Raises AttributeError for a name that the
+    module does not have.
     """
+    whole = whole or {}
     for name in branches:
         module.get_submodule(name)
-    view = _view(module, branches, "")
+    for name in whole:
+        module.get_parameter(name)
+    view = _view(module, branches, whole, "")
     assert isinstance(view, type(module))
     return view
 
 
-def _view(module: nn.Module, branches: Mapping[str, Branch], name: str) -> nn.Module:
-    if name in branches:
-        assert isinstance(module, Layer)
-        return LoraLinear(module, branches[name])
+def _view(
+    module: nn.Module, branches: Mapping[str, Branch], whole: Mapping[str, Tensor], name: str
+) -> nn.Module:
     below = name and name + "."
-    if not any(layer.startswith(below) for layer in branches):
+    if not any(other == name or other.startswith(below) for other in (*branches, *whole)):
         return module
-    view = copy.copy(module)
-    view._modules = {
-        child: _view(part, branches, below + child) if part is not None else None
-        for child, part in module._modules.items()
+    own = {
+        key: nn.Parameter(whole[below + key], requires_grad=False)
+        for key in module._parameters
+        if below + key in whole
     }
+    view = module
+    if name not in branches or own:
+        view = copy.copy(module)
+        # The others are looked up in the module itself, where they may come and go.
+        if own:
+            view._parameters = ChainMap(own, module._parameters)  # type: ignore[assignment]
+        view._modules = {
+            child: _view(part, branches, whole, below + child) if part is not None else None
+            for child, part in module._modules.items()
+        }
+    if name in branches:
+        assert isinstance(view, Layer)
+        return LoraLinear(view, branches[name])
     return view
 
 
 def summed(branches: Sequence[Branch], *, like: Float[Tensor, "o ..."]) -> Branch:
     """Several branches of one layer as one: the ranks stand side by side, the gains add up.
 
-    `like` is the layer's weight, whose dtype and device the result has.
+    The result has the dtype and device of `like`.
     """
     gains = [branch.gain for branch in branches if branch.gain is not None]
     return Branch(
@@ -101,7 +121,7 @@ def summed(branches: Sequence[Branch], *, like: Float[Tensor, "o ..."]) -> Branc
 
 
 def scaled(
-    weight: Float[Tensor, "o ..."],
+    weight: Float[Tensor, "*w"],
     down: Float[Tensor, "r i"],
     up: Float[Tensor, "o r"],
     *,
@@ -112,7 +132,8 @@ def scaled(
     """The branch that moves a layer `scale` of the way from its weight W to the tuned one, fp32.
 
     LoRA's tuned weight is V = W + alpha/rank · up · down. DoRA's is V with its rows brought to
-    the lengths `magnitude`: g · V, which is V + (g − 1) · V, so W's part of it is a gain.
+    the lengths `magnitude`: g · V, which is V + (g − 1) · V, so W's part of it is a gain. A LoRA
+    does not look at W.
     """
     down, up = down.float(), alpha_over_rank * up.float()
     if magnitude is None:

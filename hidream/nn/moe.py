@@ -67,15 +67,14 @@ class FeedForward(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores every token for every expert and picks the `top_k` likeliest."""
+    """Sends every token to the `top_k` experts that its scores call the likeliest."""
 
-    def __init__(self, size: int, num_experts: int, top_k: int):
+    def __init__(self, top_k: int):
         super().__init__()
         self.top_k = top_k
-        self.weight = nn.Parameter(torch.zeros(num_experts, size))
 
-    def forward(self, x: Float[Tensor, "n d"]) -> Routing:
-        probabilities = F.linear(x, self.weight).softmax(dim=-1)
+    def forward(self, scores: Float[Tensor, "n e"]) -> Routing:
+        probabilities = scores.softmax(dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1, sorted=False)
         return Routing(probabilities, experts, weights)
 
@@ -89,11 +88,12 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.shared_experts = FeedForward(size, shared_size)
         self.experts = nn.ModuleList(FeedForward(size, expert_size) for _ in range(num_experts))
-        self.gate = Router(size, num_experts, top_k)
+        self.gate = nn.Linear(size, num_experts, bias=False)
+        self.router = Router(top_k)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> tuple[Float[Tensor, "*b d"], Routing]:
         tokens = x.flatten(0, -2)  # (n, d)
-        routing = self.gate(tokens)
+        routing = self.router(self.gate(tokens))
         way = self._way(tokens)
         if way == "all":
             chosen, weights = self._all(tokens, routing)
@@ -179,13 +179,16 @@ def side_by_side(weights: Sequence[Float[Tensor, "o i"]]) -> Float[Tensor, "e o 
 def pack(module: nn.Module) -> None:
     """Move the weights of every mixture's experts side by side, so that no step copies them.
 
-    For inference: the weights need no gradient, before and after.
+    For inference: the weights need no gradient, before and after. Those that are not there (on
+    meta) or no plain numbers (quantised) stay as they are.
     """
     for mixture in module.modules():
         if not isinstance(mixture, MixtureOfExperts):
             continue
         for name in ("w1", "w2", "w3"):
             layers = [getattr(expert, name) for expert in mixture.experts]
+            if any(w.weight.is_meta or type(w.weight) is not nn.Parameter for w in layers):
+                continue
             together = torch.stack([layer.weight.detach() for layer in layers])
             for layer, weight in zip(layers, together, strict=True):
                 layer.weight = nn.Parameter(weight, requires_grad=False)

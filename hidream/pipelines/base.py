@@ -156,9 +156,10 @@ class Pipeline(ABC):
 
     def _loras(self, request: GenerateRequest, model: nn.Module) -> tuple[Loras, tuple[str, ...]]:
         """The request's LoRAs, matched with the model, each with its scale; and warnings."""
-        layers = linear_layers(tensor_shapes(model)) if request.loras else {}
+        shapes = tensor_shapes(model) if request.loras else {}
+        layers, name = linear_layers(shapes), request.model or ""
         loras = tuple(
-            (read_lora(path, layers, request.model or ""), scale) for path, scale in request.loras
+            (read_lora(path, layers, name, shapes=shapes), scale) for path, scale in request.loras
         )
         return loras, tuple(warning for file, _ in loras for warning in file.warnings)
 

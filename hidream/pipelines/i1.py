@@ -69,16 +69,17 @@ class I1Pipeline(Pipeline):
                 llama=llama,
                 device=device,
                 dtype=dtype,
-                keep=policy is AUTO,
+                keep=not policy.lends,
+                piecewise=policy.piecewise,
                 max_kept=prefix_bytes,
             )
-        codec = LatentCodec.open(folder / "vae", device=device, dtype=dtype)
-        model = load_i1(folder, device=device, dtype=dtype)
+        codec = LatentCodec.open(folder / "vae", device=device, dtype=dtype, keep=not policy.lends)
+        model = load_i1(folder, device=device, dtype=dtype, memory=policy)
         return cls(spec, model, encoders, codec, refiner)
 
     @property
     def device(self) -> torch.device:
-        return self.model.x_embedder.proj.weight.device
+        return self.model.x_embedder.proj.weight.device  # never lent
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,7 +87,7 @@ class I1Pipeline(Pipeline):
 
     @property
     def memory(self) -> Policy:
-        return AUTO
+        return AUTO if self.model.elsewhere is None else self.model.elsewhere.policy
 
     def _move(self, device: torch.device) -> None:
         self.model.to(device)
@@ -102,7 +103,7 @@ class I1Pipeline(Pipeline):
         on_step: OnStep | None,
         cancel: CancelToken | None,
     ) -> list[Image.Image]:
-        model = with_loras(self.model, batch[0].loras, self._lora_weights)
+        model = with_loras(self.model, batch[0].loras, self._lora_weights, self.model.elsewhere)
         return denoise_latents(
             model,
             self.encoders,
@@ -131,7 +132,10 @@ class I1Pipeline(Pipeline):
         """The I1 that finishes edits. Its own weights: the LoRAs are the editor's."""
         if self._refiner is None:
             self._refiner = load_i1(
-                find_refiner(self._refiner_name), device=self.device, dtype=self.dtype
+                find_refiner(self._refiner_name),
+                device=self.device,
+                dtype=self.dtype,
+                memory=self.memory,
             )
         return self._refiner
 

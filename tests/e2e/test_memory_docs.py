@@ -1,10 +1,13 @@
-"""What docs/memory.md says of the 8B, and the commands it shows."""
+"""What docs/memory.md says of the 8B, docs/i1.md of I1 and E1.1, and the commands they show."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from hidream.memory import POLICIES
+from hidream.models.i1 import memory as i1
+from hidream.models.i1.config import E1_1, I1_FULL
 from hidream.models.o1.config import O1_8B
 from hidream.models.o1.memory import BatchSize, need, weight_bytes
 from tests.pages import ROOT, Page
@@ -36,6 +39,22 @@ def test_the_table_is_what_is_counted(name):
     ]
     shown = " | ".join(f"{n / 1e9:.1f}" for n in (weights.always, *needs, weights.cpu))
     assert f"| `{name}` | {shown} |" in PAGE.text
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_i1s_table_is_what_is_counted(name):
+    policy = POLICIES[name]
+    weights = i1.weight_bytes(I1_FULL, policy, width=2, device="cuda")
+    picture = i1.BatchSize(
+        num_pictures=1, num_branches=2, num_patches=4096, num_steps=50, num_pixels=1024**2
+    )
+    edit = replace(picture, num_branches=3, num_patches=2 * 4096, num_steps=28)
+    needs = [
+        i1.need(config, policy, batch, width=2, device="cuda").total
+        for config, batch in ((I1_FULL, picture), (E1_1, edit))
+    ]
+    shown = " | ".join(f"{n / 1e9:.1f}" for n in (weights.transformer, *needs, weights.cpu))
+    assert f"| `{name}` | {shown} |" in (ROOT / "docs" / "i1.md").read_text()
 
 
 def test_every_policy_is_explained():

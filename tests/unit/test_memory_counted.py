@@ -8,19 +8,22 @@ from torch._subclasses import FakeTensorMode
 
 from hidream.errors import MemoryExceeded
 from hidream.memory import AUTO, POLICIES
+from hidream.models import machine, placement
 from hidream.models.loading import Reader, tensor_shapes
-from hidream.models.o1 import memory as counting
 from hidream.models.o1 import placing
 from hidream.models.o1.config import O1_8B
 from hidream.models.o1.memory import (
     BLOCKS,
     BatchSize,
+    check_fit,
     is_quantised,
     need,
     part_of,
     weight_bytes,
 )
 from hidream.models.o1.model import O1
+from hidream.models.placement import place
+from hidream.models.quantise import quantised_bytes
 
 
 class Shapes(Reader):
@@ -37,7 +40,7 @@ class Shapes(Reader):
 def test_the_8b_holds_what_was_counted(name, monkeypatch):
     """Built on meta; what its policy puts on a GPU becomes tensors without storage there."""
     policy, pinned = POLICIES[name], []
-    monkeypatch.setattr(placing, "_stream_ahead", lambda *args: pinned.append(args))
+    monkeypatch.setattr(placement, "stream_ahead", lambda blocks, *_: pinned.extend(blocks))
     with torch.device("meta"):
         model = O1(O1_8B).requires_grad_(False)
     shapes = tensor_shapes(model)
@@ -49,17 +52,17 @@ def test_the_8b_holds_what_was_counted(name, monkeypatch):
         for tensor, shape in shapes.items():
             if part_of(tensor, policy, 36) == "resident":
                 resident[tensor] = source.read(tensor, device="cuda")
-                if is_quantised(tensor, shape, policy):  # 8 bits a value, a scale a row
-                    resident[tensor] = resident[tensor].to(torch.int8)
-        model.load_state_dict(resident, strict=False, assign=True)
+                if is_quantised(tensor, shape, policy):
+                    size = quantised_bytes(shape, policy.weights, width=2, device="cuda")
+                    resident[tensor] = torch.empty(size, dtype=torch.int8, device="cuda")
+        place(model, resident)
         if policy != AUTO:
             placing.attach(model, policy, source, like)
         places = {"cuda": 0, "cpu": 0, "meta": 0}
         for weight in model.parameters():
             places[weight.device.type] += weight.numel() * weight.element_size()
-        scales = sum(4 * s[0] for t, s in shapes.items() if is_quantised(t, s, policy))
-        assert places["cuda"] + scales == counted.resident
-        assert places["cpu"] == (151_936 * 4096 * 2 if policy.lends else 0)
+        assert places["cuda"] == counted.resident
+        assert places["cpu"] == (151_936 * 4096 * 2 if policy.piecewise else 0)
         if policy != AUTO:
             with model.elsewhere.in_use("lm_head"):
                 assert model.lm_head.weight.is_cuda
@@ -67,7 +70,7 @@ def test_the_8b_holds_what_was_counted(name, monkeypatch):
             with model.elsewhere.in_use("model.visual"):
                 tower = sum(w.numel() * 2 for w in model.model.visual.parameters() if w.is_cuda)
                 assert tower == counted.tower
-    streamed = sum(len(args[1]) for args in pinned)
+    streamed = len(pinned)
     block = sum(math.prod(s) * 2 for t, s in shapes.items() if t.startswith(f"{BLOCKS}.0."))
     assert streamed == len(policy.streamed_blocks(36))
     assert counted.streaming == (2 * block if streamed else 0)
@@ -105,10 +108,10 @@ def test_cards(name, card, num_references):
 def test_cpu_memory_is_asked_too(monkeypatch):
     """Streamed blocks of a GPU wait in CPU memory: 13.9 GB of the 8B's."""
     monkeypatch.setattr(
-        counting, "total_memory", lambda device: 10e9 if device.type == "cpu" else 40e9
+        machine, "total_memory", lambda device: 10e9 if device.type == "cpu" else 40e9
     )
     gpu, half = torch.device("cuda"), torch.bfloat16
     for name in ("auto", "low", "12gb"):
-        counting.check_fit(O1_8B, POLICIES[name], device=gpu, dtype=half)
+        check_fit(O1_8B, POLICIES[name], device=gpu, dtype=half)
     with pytest.raises(MemoryExceeded, match=r"stream keeps 13\.9 GB in CPU memory"):
-        counting.check_fit(O1_8B, POLICIES["stream"], device=gpu, dtype=half)
+        check_fit(O1_8B, POLICIES["stream"], device=gpu, dtype=half)

@@ -49,8 +49,9 @@ from hidream.models.i1.layers import (
     TimestepEmbedder,
     Where,
 )
+from hidream.models.placement import Elsewhere
 from hidream.nn.attention import Backend
-from hidream.nn.moe import Router, Routing, balance_loss, expert_loads
+from hidream.nn.moe import Routing, balance_loss, expert_loads
 from hidream.nn.rope import Rope, axial_angles
 
 THETA = 10_000.0
@@ -170,6 +171,7 @@ class I1(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend: Backend = attention_backend
+        self.elsewhere: Elsewhere | None = None  # weights that are not always on the device
         size = config.size
         self.t_embedder = TimestepEmbedder(size)
         self.p_embedder = PooledEmbedder(config.pooled_size, size)
@@ -264,7 +266,7 @@ class I1(nn.Module):
 
         Raises ValueError where their weights were evicted.
         """
-        if self.final_layer.adaLN_modulation[1].weight.is_meta:
+        if self.final_layer.adaLN_modulation[1].weight.is_meta and self.elsewhere is None:
             raise ValueError("the weights that make modulations are not here: prefill with sigmas")
         embedded = self.t_embedder(1000 * sigma.float()) + pooled  # (…, b, d)
 
@@ -356,6 +358,8 @@ class I1(nn.Module):
             if isinstance(module, nn.Linear):
                 if name.endswith("adaLN_modulation.1") or name == "final_layer.linear":
                     nn.init.zeros_(module.weight)
+                elif name.endswith("ff_i.gate"):
+                    nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
                 elif name.endswith(("linear_1", "linear_2")):
                     nn.init.normal_(module.weight, std=0.02, generator=generator)
                 else:
@@ -364,8 +368,6 @@ class I1(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-            elif isinstance(module, Router):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
 
     def _num_pads(self, rows: int, columns: int) -> int:
         """How many empty patches the published code adds: none to a square."""

@@ -31,6 +31,7 @@ from hidream.models.i1.config import I1Config
 from hidream.models.i1.llama import find_llama
 from hidream.models.i1.model import Features
 from hidream.models.loading import check_tensors, quiet_imports, tensor_shapes
+from hidream.models.placement import layer_by_layer
 from hidream.registry import nearest
 
 NUM_TOKENS = 128
@@ -103,7 +104,8 @@ _KINDS = {
 class TextEncoders:
     """The four encoders of an I1, on `device` where they are in memory.
 
-    `keep` False drops each after it was used, so that only one of them is ever there. At most
+    `keep` False drops each after it was used, so that only one of them is ever there; `piecewise`
+    leaves it in CPU memory, from where its layers come to the device one by one. At most
     `max_kept` bytes of outputs are kept, on the CPU, the longest unused go first. Threads must not
     share it.
     """
@@ -115,6 +117,7 @@ class TextEncoders:
         device: torch.device | str,
         dtype: torch.dtype,
         keep: bool = True,
+        piecewise: bool = False,
         max_kept: int = MAX_KEPT,
     ):
         self._encoders = dict(encoders)
@@ -123,6 +126,7 @@ class TextEncoders:
         self.device = torch.device(device)
         self.dtype = dtype
         self.keep = keep
+        self.piecewise = piecewise
         self.max_kept = max_kept
 
     @classmethod
@@ -134,6 +138,7 @@ class TextEncoders:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         keep: bool = True,
+        piecewise: bool = False,
         max_kept: int = MAX_KEPT,
     ) -> TextEncoders:
         """Those of a repository's folder, and `llama` (see `find_llama`); no weights are read.
@@ -157,7 +162,9 @@ class TextEncoders:
                         _AGAIN,
                     )
             encoders[name] = _Encoder(kind, place, tokenizer)
-        opened = cls(encoders, device=device, dtype=dtype, keep=keep, max_kept=max_kept)
+        opened = cls(
+            encoders, device=device, dtype=dtype, keep=keep, piecewise=piecewise, max_kept=max_kept
+        )
         if (folder / "transformer" / "config.json").is_file():
             config, _ = read_config(folder / "transformer")
             opened.check(I1Config.from_dict(config))
@@ -261,7 +268,11 @@ class TextEncoders:
         for text in dict.fromkeys(texts):
             row = self._kept.pop((name, text), None)
             if row is None:
-                row = encoder.encode(text, self.device, self.dtype).to(self.dtype).cpu()
+                row = (
+                    encoder.encode(text, self.device, self.dtype, self.piecewise)
+                    .to(self.dtype)
+                    .cpu()
+                )
             rows[text] = self._kept[name, text] = row  # as the latest
         if not self.keep:
             encoder.drop()
@@ -314,14 +325,18 @@ class _Encoder:
         there = len(self._tokens(text)["input_ids"])
         return min(there, self._most), there
 
-    def encode(self, text: str, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "..."]:
+    def encode(
+        self, text: str, device: torch.device, dtype: torch.dtype, piecewise: bool
+    ) -> Float[Tensor, "..."]:
         """(p,) of CLIP; (t, f) of T5; (layers, l, g) of Llama."""
         tokens = self._tokens(text, padding="max_length", max_length=self._most, truncation=True)
         ids, mask = (
             torch.tensor([tokens[name]], device=device) for name in ("input_ids", "attention_mask")
         )
         if self.module is None:
-            self.module = self._load(dtype).to(device)
+            module = self._load(dtype)
+            apart = piecewise and device.type != "cpu"
+            self.module = layer_by_layer(module, device) if apart else module.to(device)
         if self.kind.model_type == "clip_text_model":
             return self.module(ids).text_embeds[0]
         if self.kind.model_type == "t5":

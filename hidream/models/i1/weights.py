@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +18,15 @@ from hidream.folder import (
     open_folder,
     transformer_folder,
 )
-from hidream.models.i1.config import I1_FULL, I1Config
+from hidream.lora_file import LoraFile
+from hidream.memory import AUTO, Policy
+from hidream.models.i1.config import E1_FULL, I1_FULL, I1Config
+from hidream.models.i1.memory import check_fit
 from hidream.models.i1.model import I1
+from hidream.models.i1.placing import load_placed
 from hidream.models.loading import check_tensors, load_weights, tensor_shapes
+from hidream.models.loras import LoraWeights, with_loras
+from hidream.models.quantise import check_quantised
 from hidream.nn.attention import Backend
 from hidream.nn.moe import pack
 
@@ -60,18 +68,36 @@ def load_i1(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention_backend: Backend = "auto",
+    memory: Policy = AUTO,
 ) -> I1:
-    """The model of a checkpoint (see `open_i1`), ready for inference.
+    """The model of a checkpoint (see `open_i1`), ready for inference, kept as `memory` says.
 
-    Raises ModelError before any weight is read.
+    Raises ModelError, and MemoryExceeded where the weights cannot fit, before any is read.
     """
     folder, config = open_i1(path, config)
+    device = torch.device(device)
     with torch.device("meta"):
         model = I1(config, attention_backend)
-    load_weights(model, folder, device=device, dtype=dtype)
-    if torch.device(device).type == "cuda":
+    check_quantised(memory, device, dtype)
+    check_fit(config, memory, device=device, dtype=dtype)
+    if memory == AUTO:
+        load_weights(model, folder, device=device, dtype=dtype)
+    else:
+        load_placed(model, folder, memory, device=device, dtype=dtype)
+    if device.type == "cuda":
         pack(model)
     return model
+
+
+def edits(model: I1, patch: LoraFile, weights: LoraWeights, config: I1Config = E1_FULL) -> I1:
+    """E1-Full out of I1-Full and HiDream-E1-Full.safetensors, as a view: I1 stays as it is.
+
+    The view shares all of I1's weights but those that the file brings whole; its limit on the
+    number of patches is that of `config`.
+    """
+    view = copy.copy(with_loras(model, [(patch, 1.0)], weights, model.elsewhere))
+    view.config = replace(view.config, max_resolution=config.max_resolution)
+    return view
 
 
 def save_i1(model: I1, path: str | Path, *, max_shard_bytes: int = MAX_SHARD) -> None:

@@ -10,12 +10,13 @@ from typing import Literal
 
 import torch
 
-from hidream.errors import MemoryExceeded
-from hidream.memory import POLICIES, Policy
+from hidream.memory import Policy
 from hidream.models.loading import tensor_shapes
-from hidream.models.machine import total_memory
+from hidream.models.machine import Need, check_room, runtime_bytes
 from hidream.models.o1.config import O1Config
 from hidream.models.o1.model import O1
+from hidream.models.placement import num_aligned
+from hidream.models.quantise import quantised_bytes
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -24,8 +25,6 @@ BLOCKS = "model.language_model.layers"
 _BLOCK = re.compile(re.escape(BLOCKS) + r"\.(\d+)\.")
 
 Part = Literal["resident", "embeddings", "head", "tower", "streamed"]
-_RUNTIME = {"cuda": 700_000_000}  # a GPU's context and workspaces; not arithmetic
-_RUNTIME_ELSEWHERE = 400_000_000  # Python and torch themselves
 _STATES = 12  # copies of a picture's patches, fp32: state, noise, both branches, solver's history
 
 
@@ -66,31 +65,15 @@ class BatchSize:
     num_vision_patches: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """Bytes on the device at the peak of a request, by what they are for; `cpu` beside it."""
-
-    weights: int
-    loras: int
-    prefix: int
-    activations: int
-    runtime: int
-    cpu: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.loras + self.prefix + self.activations + self.runtime
-
-
 def part_of(name: str, policy: Policy, num_blocks: int) -> Part:
     """Where a tensor is under a policy, by its name."""
     block = _BLOCK.match(name)
     if block:
         streamed = int(block[1]) in policy.streamed_blocks(num_blocks)
         return "streamed" if streamed else "resident"
+    if policy.piecewise and name == EMBEDDINGS:
+        return "embeddings"
     if policy.lends:
-        if name == EMBEDDINGS:
-            return "embeddings"
         if name == HEAD:
             return "head"
         if name.startswith(TOWER + "."):
@@ -99,7 +82,7 @@ def part_of(name: str, policy: Policy, num_blocks: int) -> Part:
 
 
 def is_quantised(name: str, shape: list[int], policy: Policy) -> bool:
-    """Whether a policy keeps this tensor in 8 bits: the blocks' linear layers, where any."""
+    """Whether a policy keeps this tensor in fewer bits: the blocks' linear layers, where any."""
     return policy.weights is not None and len(shape) == 2 and _BLOCK.match(name) is not None
 
 
@@ -122,14 +105,16 @@ def weight_bytes(config: O1Config, policy: Policy, *, width: int, device: str) -
         size = math.prod(shape) * width
         if is_quantised(name, shape, policy):
             unpacked = max(unpacked, size)
-            size = math.prod(shape) + 4 * shape[0]
+            assert policy.weights is not None
+            size = quantised_bytes(shape, policy.weights, width=width, device=device)
         part = part_of(name, policy, num_blocks)
         if part == "streamed":
+            size = num_aligned(shape) * width if device == "cuda" else size
             block = name.removeprefix(BLOCKS + ".").split(".")[0]
             blocks[block] = blocks.get(block, 0) + size
         else:
             total[part] += size
-    if config.tie_word_embeddings and policy.lends and config.has_lm_head:
+    if config.tie_word_embeddings and policy.piecewise and config.has_lm_head:
         total["head"] = total["embeddings"]
     at_a_time = min(2, len(blocks)) if device == "cuda" else min(1, len(blocks))
     beside = total["embeddings"] + sum(blocks.values())
@@ -185,7 +170,7 @@ def need(
         loras=loras,
         prefix=kept,
         activations=reading if while_reading else stepping,
-        runtime=_RUNTIME.get(device, _RUNTIME_ELSEWHERE),
+        runtime=runtime_bytes(device),
         cpu=weights.cpu,
     )
 
@@ -200,26 +185,4 @@ def check_fit(
         return counted.always
 
     beside = streamed_bytes(config, policy, width=dtype.itemsize)
-    room = total_memory(torch.device("cpu"))
-    if device.type == "cuda" and beside > room:
-        raise MemoryExceeded(
-            f"--memory {policy.name} keeps {beside / 1e9:.1f} GB in CPU memory; this machine has "
-            f"{room / 1e9:.1f} GB.",
-            "Use a policy that streams less, or int8.",
-        )
-    room = total_memory(device)
-    if least(policy) <= room:
-        return
-    fitting = policy
-    while fitting.smaller is not None and least(fitting) > room:
-        fitting = POLICIES[fitting.smaller]
-    needed, there, at_a_time = (f"{n / 1e9:.1f}" for n in (least(policy), room, least(fitting)))
-    if least(fitting) > room:
-        raise MemoryExceeded(
-            f"--memory {policy.name} needs {needed} GB for weights alone; {device} has {there} GB.",
-            "Use a smaller model.",
-        )
-    raise MemoryExceeded(
-        f"--memory {policy.name} needs {needed} GB for weights alone; {device} has {there} GB.",
-        f"Use --memory {fitting.name}, which needs {at_a_time} GB for weights.",
-    )
+    check_room(policy, least, beside=beside, device=device)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hidream.folder import Folder
 from hidream.memory import Policy
 from hidream.models.loading import Reader, load_weights, tensor_shapes
 from hidream.models.o1.memory import BLOCKS, EMBEDDINGS, TOWER, is_quantised, part_of
 from hidream.models.o1.model import O1
-from hidream.models.placement import (
-    Ahead,
-    Elsewhere,
-    Lent,
-    empty_out,
-    look_up_on_cpu,
-    place,
-    stream,
-)
+from hidream.models.placement import Elsewhere, Lent, lend, look_up_on_cpu, place, stream_all
 from hidream.models.quantise import quantised
 
 
@@ -54,55 +45,21 @@ def attach(model: O1, policy: Policy, source: Reader, like: Tensor) -> None:
     read = partial(source.read, device=like.device, dtype=like.dtype)
     decoder = model.model.language_model
     model.elsewhere = Elsewhere(policy, like, read)
+    lent, tied = model.elsewhere.lent, model.config.tie_word_embeddings
     if policy.lends:
+        lent[TOWER] = lend(model.model.visual, TOWER, read, like.dtype)
+        if model.lm_head is not None and not tied:
+            lent["lm_head"] = lend(model.lm_head, "lm_head", read, like.dtype)
+    if policy.piecewise:
         table = decoder.embed_tokens
         place(table, {"weight": source.read(EMBEDDINGS)})
         look_up_on_cpu(table, like.device, like.dtype)
-        _lend(model, TOWER, read)
-        if model.lm_head is not None and model.config.tie_word_embeddings:
+        if model.lm_head is not None and tied:
             absent = {"weight": table.weight}
             place(model.lm_head, absent)
-            model.elsewhere.lent["lm_head"] = Lent(
-                model.lm_head, absent, lambda: {"weight": read(EMBEDDINGS)}
-            )
-        elif model.lm_head is not None:
-            _lend(model, "lm_head", read)
-    streamed = policy.streamed_blocks(len(decoder.layers))
-    if like.is_cuda and streamed:
-        _stream_ahead(decoder.layers, streamed, source, like)
-        return
-    for index in streamed:
-        block, name = decoder.layers[index], f"{BLOCKS}.{index}"
-        absent = empty_out(block, like.dtype)
-        stream(block, absent, partial(_read_all, name, tuple(absent), read))
-
-
-def _lend(model: O1, name: str, read: Callable[[str], Tensor]) -> None:
-    assert model.elsewhere is not None
-    module = model.get_submodule(name)
-    absent = empty_out(module, model.elsewhere.like.dtype)
-    lent = Lent(module, absent, partial(_read_all, name, tuple(absent), read))
-    model.elsewhere.lent[name] = lent
-
-
-def _read_all(
-    module: str, names: tuple[str, ...], read: Callable[[str], Tensor]
-) -> dict[str, Tensor]:
-    return {name: read(f"{module}.{name}") for name in names}
-
-
-def _stream_ahead(
-    layers: nn.ModuleList, streamed: Sequence[int], source: Reader, like: Tensor
-) -> None:
-    """A GPU's blocks come from pinned CPU memory, each while the one before it is computed."""
-
-    def pinned(name: str) -> Tensor:
-        return source.read(name, dtype=like.dtype).pin_memory()
-
-    absent = [empty_out(layers[index], like.dtype) for index in streamed]
-    ahead = Ahead(
-        [_read_all(f"{BLOCKS}.{index}", tuple(absent[0]), pinned) for index in streamed],
-        like.device,
-    )
-    for turn, index in enumerate(streamed):
-        stream(layers[index], absent[turn], partial(ahead.fetch, turn), partial(ahead.done, turn))
+            lent["lm_head"] = Lent(model.lm_head, absent, lambda: {"weight": read(EMBEDDINGS)})
+    blocks = {}
+    for index in policy.streamed_blocks(len(decoder.layers)):
+        block = decoder.layers[index]
+        blocks[f"{BLOCKS}.{index}"] = (block, [name for name, _ in block.named_parameters()])
+    stream_all(blocks, source, like)

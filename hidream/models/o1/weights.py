@@ -21,6 +21,7 @@ from hidream.models.o1.memory import check_fit
 from hidream.models.o1.model import O1
 from hidream.models.o1.placing import load_placed
 from hidream.models.o1.tokens import Tokenizer
+from hidream.models.quantise import check_quantised
 from hidream.nn.attention import Backend
 
 WEIGHTS = "model.safetensors"
@@ -78,6 +79,7 @@ def load_o1(
     tokenizer = Tokenizer(folder.path)
     with torch.device("meta"):
         model = O1(config_of(folder), attention_backend)
+    check_quantised(memory, device, dtype)
     check_fit(model.config, memory, device=device, dtype=dtype)
     if memory == AUTO:
         return load_weights(model, folder, device=device, dtype=dtype), tokenizer
