@@ -71,7 +71,9 @@ class LatentCodec:
         opened = open_folder(folder, stem=STEM)
         found = opened.config.get("_class_name")
         if found != "AutoencoderKL":
-            raise ModelError(f'{folder} holds "{found}"; I1\'s VAE is an AutoencoderKL.')
+            raise ModelError(
+                f'{folder} holds "{found}"; I1\'s VAE is an AutoencoderKL.', "Check its path."
+            )
         if dtype == torch.float16 and opened.config.get("force_upcast", True):
             dtype = torch.float32
         try:

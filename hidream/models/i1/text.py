@@ -374,7 +374,10 @@ class _Encoder:
             tokenizer = kind.from_pretrained(self.tokenizer_folder, local_files_only=True)
         if self.kind.model_type == "llama":
             if tokenizer.eos_token is None:
-                raise ModelError(f"the tokenizer in {self.tokenizer_folder} has no end of text.")
+                raise ModelError(
+                    f"the tokenizer in {self.tokenizer_folder} has no token that ends a text.",
+                    "Use Llama-3.1-8B-Instruct's.",
+                )
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"  # mirrors of Llama may say otherwise
         return tokenizer
