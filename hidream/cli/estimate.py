@@ -30,8 +30,8 @@ class Work:
 
     `need(policy, width=, device=, loras=)` is its memory, `streamed(policy, width=)` the bytes of
     weights that come to the device in every call of the network, `shapes()` the network's tensors
-    (it has to be built to know them). `flops` are those of a call;
-    `sides` of a typical matrix product in it.
+    (it has to be built to know them). `flops` are those of a call; `sides` of a typical matrix
+    product in it.
     """
 
     need: Callable[..., Need]
