@@ -46,6 +46,7 @@ _OF_FAMILIES = (
     ("clip_cfg_norm", ("e1",), "E1's editing"),
     ("refine_strength", ("e1",), "E1's editing"),
     ("encoder_prompts", ("i1", "e1"), "I1 and E1"),
+    ("embeddings", ("i1", "e1"), "I1 and E1"),
     ("tile", ("i1",), "I1's textures"),
     ("as_published", ("i1", "e1"), "I1 and E1"),
 )
@@ -74,12 +75,12 @@ class GenerateRequest:
     prompt.
 
     Of I1 and E1: `encoder_prompts` holds (encoder, text) pairs, or is a mapping, of text encoders
-    (`ENCODERS`) that read something else than the prompt. `as_published` does as their published
-    pipelines do: it scales the size to the model's native area, shows the network whole timesteps
-    and takes the steps' noise from torch's own generator, whatever the seed. Of E1:
-    `image_guidance_scale` leads towards the source, `clip_cfg_norm` keeps the guided velocity no
-    longer than the unguided one, and `refine_strength` is the share of the steps that an I1 takes,
-    after the others.
+    (`ENCODERS`) that read something else than the prompt; `embeddings` is a file of what they said
+    of it (`hidream embed`), so that they are not needed. `as_published` does as the models' own
+    pipelines do: it scales the size to the native area, shows the network whole timesteps and takes
+    the steps' noise from torch's own generator, whatever the seed. Of E1: `image_guidance_scale`
+    leads towards the source, `clip_cfg_norm` keeps the guided velocity no longer than the unguided
+    one, and `refine_strength` is the share of the steps that an I1 takes, after the others.
 
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
@@ -90,6 +91,7 @@ class GenerateRequest:
     model: str | None = None
     negative_prompt: str | None = None
     encoder_prompts: tuple[tuple[str, str], ...] = ()
+    embeddings: str | Path | None = None
     width: int | None = None
     height: int | None = None
     snap: str | None = None
@@ -134,6 +136,8 @@ class GenerateRequest:
             put(self, "negative_prompt", cleaned)
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
+        if self.embeddings is not None and not isinstance(self.embeddings, str | Path):
+            raise UsageError(f"embeddings={self.embeddings!r} is not the path of a file.")
         put(self, "encoder_prompts", _encoder_prompts(self.encoder_prompts))
         for name in ("keep_aspect", "deterministic", "clip_cfg_norm", "tile", "as_published"):
             if getattr(self, name) not in (None, True, False):

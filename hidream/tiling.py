@@ -93,9 +93,10 @@ def split(size: tuple[int, int], tile: int, overlap: int, multiple: int = 1) -> 
 
     Raises UsageError unless `overlap` is smaller than the tile, and all are such multiples.
     """
-    for name, value in (("tile", tile), ("overlap", overlap), *zip("hw", size, strict=True)):
-        if value % multiple or value < 0:
-            raise UsageError(f"{name}={value} is not a multiple of {multiple}.")
+    values = {"height": size[0], "width": size[1], "tile": tile, "overlap": overlap}
+    for name, value in values.items():
+        if value % multiple:
+            raise UsageError(f"{name}={value} is not a multiple of {multiple}.", "Choose one.")
     if not 0 <= overlap < tile:
         raise UsageError(f"overlap={overlap} is not below tile={tile}.", "Make it smaller.")
     (rows, down), (columns, across) = (_pieces(side, tile, overlap, multiple) for side in size)

@@ -178,6 +178,9 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
         help="what one text encoder of I1 reads instead: clip_l, clip_g, t5 or llama (repeatable)",
         **unset,
     )
+    group.add_argument(
+        "--embeddings", metavar="FILE", help="I1: a prompt as hidream embed read it", **unset
+    )
 
     group = parser.add_argument_group("sampling (default: the model's own)")
     group.add_argument("--steps", dest="num_inference_steps", type=_whole, metavar="N", **unset)
@@ -200,6 +203,12 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
         type=float,
         metavar="G",
         help="E1: how much of the source stays",
+        **unset,
+    )
+    group.add_argument(
+        "--clip-cfg-norm",
+        action=argparse.BooleanOptionalAction,
+        help="E1: guidance makes the velocity no longer (its default)",
         **unset,
     )
     group.add_argument(

@@ -16,7 +16,7 @@ from hidream.cli.loading import check_memory, load_pipeline
 from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
-from hidream.errors import ModelError, UsageError
+from hidream.errors import InputError, ModelError, UsageError
 from hidream.folder import Folder, find_refiner, locate, open_model
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
@@ -119,7 +119,8 @@ def _draw(
         named = {name: getattr(request, name) for name in PICTURES}  # not those carried inside
         return note_of(replace(ran, **named), seed, pipe, digest, inputs)
 
-    pipe = load_pipeline(arguments, model, request.model)
+    embedded = request.embeddings is not None
+    pipe = load_pipeline(arguments, model, request.model, text_encoders=not embedded)
     if difference := differences(again, pipe):
         _warn(difference, warnings)
     batches = list(_batches(with_carried(request, again.carried), paths))
@@ -179,9 +180,30 @@ def _request(
     if again.model and model != again.model:
         warnings.append(f"the settings come from a picture of {again.model}, not of {model}.")
     values = merged(again, given)
+    if values.get("embeddings") is not None:
+        values = with_embeddings(values)
     if "prompt" not in values:
         raise UsageError("there is no prompt.", 'Write it first: hidream generate "a red cube".')
     return model, GenerateRequest.from_dict(values)
+
+
+def with_embeddings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's fields with the prompts of its embedding file, where they give none.
+
+    Raises InputError where the file was made of another prompt.
+    """
+    from hidream.models.i1.embeddings import read_texts
+
+    texts, negative = read_texts(values["embeddings"])
+    found = {"prompt": texts.t5, "encoder_prompts": texts.apart(texts.t5)}
+    if negative is not None:
+        found["negative_prompt"] = negative.t5
+    if values.get("prompt", texts.t5) != texts.t5:
+        raise InputError(
+            f'{values["embeddings"]} was made of another prompt: "{texts.t5[:80]}".',
+            "Leave the prompt out, or make the file again: hidream embed.",
+        )
+    return {**found, **values}
 
 
 def _settle(arguments: argparse.Namespace, again: Again, *, same_model: bool) -> None:

@@ -21,7 +21,13 @@ def check_memory(arguments: argparse.Namespace) -> None:
     arguments.memory = find_policy(arguments.memory).name
 
 
-def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = None) -> Pipeline:
+def load_pipeline(
+    arguments: argparse.Namespace,
+    model: str,
+    name: str | None = None,
+    *,
+    text_encoders: bool = True,
+) -> Pipeline:
     """The pipeline of `model`, which the message calls `name`, as `add_model`'s flags say."""
     from hidream.pipelines import load
 
@@ -35,6 +41,7 @@ def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = 
         variant=arguments.variant,
         llama=arguments.llama,
         refiner=arguments.refiner,
+        text_encoders=text_encoders,
     )
 
 

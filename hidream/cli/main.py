@@ -20,6 +20,8 @@ COMMANDS = {
     "edit": ("edit", "change a picture as an instruction says"),
     "subject": ("subject", "draw what reference pictures show, in a new picture"),
     "storyboard": ("storyboard", "draw a script's panels in one picture, and cut them out"),
+    "composite": ("composite", "set what a mask cuts out on another picture, and blend its edge"),
+    "embed": ("embed", "have I1's text encoders read a prompt once, for later"),
     "describe": ("describe", "say what a picture shows, or answer a question about it"),
     "info": ("info", "show what a picture says about itself"),
     "models": ("models", "list, describe, check and download models"),

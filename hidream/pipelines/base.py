@@ -102,6 +102,7 @@ class Pipeline(ABC):
         prefix_bytes: int,
         llama: str | Path | None,
         refiner: str | Path,
+        text_encoders: bool,
     ) -> Pipeline:
         """The pipeline of a model's folder; see `load`."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,15 +82,12 @@ def denoise_batch(
         if on_step is not None:
             on_step(step + 1, len(sigmas) - 1, lambda: _pictures(x0, jobs, grid, patch_size))
 
-    sampler = sampling.SAMPLERS[request.sampler]
+    settings: dict[str, Any] = {}
     if request.sampler.startswith("flash"):
-        sampler = partial(
-            sampling.flash,
-            noise_scale=(request.noise_scale, request.noise_scale),
-            noise_clip_std=request.noise_clip_std or 0.0,
-            last_step=request.sampler == "flash",
-        )
-    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report)
+        settings["noise_scale"] = (request.noise_scale, request.noise_scale)
+        settings["noise_clip_std"] = request.noise_clip_std or 0.0
+    sampler = sampling.SAMPLERS[request.sampler]
+    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report, **settings)
     if cancel is not None:
         cancel.check()
     return _pictures(x0, jobs, grid, patch_size)

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
+from hidream.errors import InputError
 from hidream.folder import REFINER, find_refiner
 from hidream.memory import AUTO, Policy
 from hidream.models.e1 import target_description
+from hidream.models.i1.embeddings import load_embeddings
 from hidream.models.i1.model import I1
 from hidream.models.i1.text import TextEncoders, Texts
 from hidream.models.i1.weights import load_i1
@@ -58,16 +60,19 @@ class I1Pipeline(Pipeline):
         prefix_bytes: int = MAX_KEPT,
         llama: str | Path | None = None,
         refiner: str | Path = REFINER,
+        text_encoders: bool = True,
     ) -> I1Pipeline:
-        encoders = TextEncoders.open(
-            folder,
-            llama=llama,
-            device=device,
-            dtype=dtype,
-            keep=not policy.lends,
-            piecewise=policy.piecewise,
-            max_kept=prefix_bytes,
-        )
+        encoders = TextEncoders({}, device=device, dtype=dtype)
+        if text_encoders:
+            encoders = TextEncoders.open(
+                folder,
+                llama=llama,
+                device=device,
+                dtype=dtype,
+                keep=not policy.lends,
+                piecewise=policy.piecewise,
+                max_kept=prefix_bytes,
+            )
         codec = LatentCodec.open(folder / "vae", device=device, dtype=dtype, keep=not policy.lends)
         model = load_i1(folder, device=device, dtype=dtype, memory=policy)
         return cls(spec, model, encoders, codec, refiner)
@@ -111,6 +116,18 @@ class I1Pipeline(Pipeline):
             cancel=cancel,
         )
 
+    def _take(self, path: str | Path, texts: Texts) -> None:
+        """Have the encoders know what a file says of these texts, and of its negative prompt."""
+        found = load_embeddings(path, self.model.config)
+        if found.texts != texts:
+            raise InputError(
+                f'{path} was made of another prompt: "{found.texts.t5[:80]}".',
+                "Leave the prompt out, or make the file again: hidream embed.",
+            )
+        self.encoders.give(texts, found.features)
+        if found.negative_texts is not None and found.negative is not None:
+            self.encoders.give(found.negative_texts, found.negative)
+
     def _refining(self) -> I1:
         """The I1 that finishes edits. Its own weights: the LoRAs are the editor's."""
         if self._refiner is None:
@@ -127,6 +144,8 @@ class I1Pipeline(Pipeline):
         references, source = find_source(request, references, initial)
         texts = Texts.of(request.full_prompt, dict(request.encoder_prompts))
         negative = Texts.of((request.negative_prompt or "").strip())
+        if request.embeddings is not None:
+            self._take(request.embeddings, texts)
         edited = target = None
         if self.spec.family == "e1":
             edited = resized(references[0], request)

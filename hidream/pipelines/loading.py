@@ -25,6 +25,7 @@ def load(
     prefix_bytes: int = MAX_KEPT,
     llama: str | Path | None = None,
     refiner: str | Path = REFINER,
+    text_encoders: bool = True,
 ) -> Pipeline:
     """A model ready to be called.
 
@@ -35,7 +36,8 @@ def load(
 
     Of I1 and E1: `llama` is the folder or hub id of Llama-3.1-8B-Instruct, where it is not in the
     hub's cache or named by the environment's HIDREAM_LLAMA; `refiner` is the I1 that takes the last
-    steps of an edit with `refine_strength`, loaded when it is first needed.
+    steps of an edit with `refine_strength`, loaded when it is first needed; without `text_encoders`
+    only requests with `embeddings` can be drawn.
 
     `memory` is one of `hidream.memory.POLICIES`; "auto" keeps everything on the device.
 
@@ -60,4 +62,5 @@ def load(
             prefix_bytes=prefix_bytes,
             llama=llama,
             refiner=refiner,
+            text_encoders=text_encoders,
         )

@@ -58,6 +58,7 @@ class O1Pipeline(Pipeline):
         prefix_bytes: int = MAX_KEPT,
         llama: str | Path | None = None,
         refiner: str | Path = REFINER,
+        text_encoders: bool = True,
     ) -> O1Pipeline:
         model, tokenizer = load_o1(folder, device=device, dtype=dtype, memory=policy)
         return cls(spec, model, tokenizer, Prefixes(prefix_bytes))

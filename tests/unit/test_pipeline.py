@@ -270,7 +270,7 @@ def test_noise_is_the_pictures_own(pipe, monkeypatch):
     assert not torch.equal(first[1][0] / 2, fresh[1][0])
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "unipc", "flash"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "unipc", "flash", "flash-official"])
 def test_every_sampler_keeps_pictures_apart(pipe, sampler):
     items = [request(seed=seed, sampler=sampler, noise_clip_std=2.5) for seed in (3, 4, 5)]
     together = pipe(items)

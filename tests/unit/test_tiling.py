@@ -120,7 +120,7 @@ def sum_of(tiles, values, size):
 def test_tiles_that_cannot_be_are_refused():
     with pytest.raises(UsageError, match="overlap=32 is not below tile=32"):
         split((64, 64), 32, 32)
-    with pytest.raises(UsageError, match="h=65 is not a multiple of 16"):
+    with pytest.raises(UsageError, match="height=65 is not a multiple of 16"):
         split((65, 64), 32, 16, 16)
 
 

@@ -81,21 +81,20 @@ def save_embeddings(path: str | Path, embeddings: Embeddings, *, overwrite: bool
         temporary.unlink(missing_ok=True)
 
 
+def read_texts(path: str | Path) -> tuple[Texts, Texts | None]:
+    """A file's prompt and negative prompt; no tensors are read. InputError as `load_embeddings`."""
+    path = _checked(path)
+    with safe_open(path, framework="pt") as file:
+        return _note(path, file.metadata() or {})[:2]
+
+
 def load_embeddings(path: str | Path, config: I1Config) -> Embeddings:
     """Read a file and check it against the model that `config` describes.
 
     Raises InputError where it is not there, is damaged, something else, or of another model.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"the embedding file {path} does not exist.", "Check its path.")
-    if path.suffix in PICKLES:
-        raise InputError(f"{path} is a pickle, which is never loaded.", _AGAIN)
-    try:
-        shapes = {name: (info.shape, info.dtype) for name, info in read_header(path).items()}
-    except (ModelError, OSError) as error:
-        problem = error.problem if isinstance(error, ModelError) else f"{path} cannot be read."
-        raise InputError(problem, _AGAIN) from error
+    path = _checked(path)
+    shapes = {name: (info.shape, info.dtype) for name, info in read_header(path).items()}
     with safe_open(path, framework="pt") as file:
         texts, negative_texts, encoders = _note(path, file.metadata() or {})
         prefixes = ("", "negative.") if negative_texts else ("",)
@@ -116,6 +115,21 @@ def load_embeddings(path: str | Path, config: I1Config) -> Embeddings:
         negative_texts=negative_texts,
         encoders=encoders,
     )
+
+
+def _checked(path: str | Path) -> Path:
+    """The path of a whole safetensors file; InputError where it is none."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f"the embedding file {path} does not exist.", "Check its path.")
+    if path.suffix in PICKLES:
+        raise InputError(f"{path} is a pickle, which is never loaded.", _AGAIN)
+    try:
+        read_header(path)
+    except (ModelError, OSError) as error:
+        problem = error.problem if isinstance(error, ModelError) else f"{path} cannot be read."
+        raise InputError(problem, _AGAIN) from error
+    return path
 
 
 def _tensors(features: Features) -> dict[str, Tensor]:

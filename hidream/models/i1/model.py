@@ -69,6 +69,11 @@ class Features:
     llama: Float[Tensor, "layers b l g"]
     pooled: Float[Tensor, "b p"]
 
+    def take(self, rows: Sequence[int]) -> Features:
+        """These rows, in this order."""
+        rows = list(rows)
+        return Features(self.t5[rows], self.llama[:, rows], self.pooled[rows])
+
 
 @dataclass(frozen=True)
 class Modulations:

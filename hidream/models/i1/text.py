@@ -61,6 +61,10 @@ class Texts:
             texts[name] = text
         return cls(**texts)
 
+    def apart(self, prompt: str) -> dict[str, str]:
+        """Those that are another text than `prompt`: `Texts.of(prompt, apart)` is this again."""
+        return {name: text for name in NAMES if (text := getattr(self, name)) != prompt}
+
 
 NAMES = tuple(field.name for field in fields(Texts))
 
@@ -117,6 +121,7 @@ class TextEncoders:
         max_kept: int = MAX_KEPT,
     ):
         self._encoders = dict(encoders)
+        self._given: dict[Texts, Features] = {}
         self._kept: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self.device = torch.device(device)
         self.dtype = dtype
@@ -193,17 +198,36 @@ class TextEncoders:
 
         Raises ModelError where an encoder's weights cannot be read.
         """
-        rows = {name: self._rows(name, [getattr(t, name) for t in texts]) for name in NAMES}
-        pooled = [torch.cat(pair) for pair in zip(rows["clip_l"], rows["clip_g"], strict=True)]
+        unknown = [t for t in dict.fromkeys(texts) if t not in self._given]
+        if unknown and not self._encoders:
+            raise ModelError(
+                f'no text encoder is here to read "{unknown[0].t5[:60]}".',
+                "Give an embedding file of this prompt, or load the model with its encoders.",
+            )
+        found = dict(self._given)
+        names = NAMES if unknown else ()
+        rows = {name: self._rows(name, [getattr(t, name) for t in unknown]) for name in names}
+        for i, text in enumerate(unknown):
+            found[text] = Features(
+                t5=rows["t5"][i][None],
+                llama=rows["llama"][i][:, None],
+                pooled=torch.cat([rows["clip_l"][i], rows["clip_g"][i]])[None],
+            )
         return Features(
-            t5=torch.stack(rows["t5"]).to(self.device),
-            llama=torch.stack(rows["llama"], dim=1).to(self.device),
-            pooled=torch.stack(pooled).to(self.device),
+            t5=torch.cat([found[t].t5 for t in texts]).to(self.device, self.dtype),
+            llama=torch.cat([found[t].llama for t in texts], dim=1).to(self.device, self.dtype),
+            pooled=torch.cat([found[t].pooled for t in texts]).to(self.device, self.dtype),
         )
+
+    def give(self, texts: Texts, features: Features) -> None:
+        """Take these features of one prompt for what `encode` would say of it."""
+        self._given[texts] = features
 
     def cut(self, texts: Texts) -> tuple[str, ...]:
         """A sentence for each encoder that does not read its whole text."""
-        counts = {n: self._encoders[n].num_tokens(getattr(texts, n)) for n in NAMES}
+        if texts in self._given:
+            return ()
+        counts = {n: e.num_tokens(getattr(texts, n)) for n, e in self._encoders.items()}
         return tuple(
             f"{_KINDS[name].label} reads {read} of the prompt's {there} tokens; the rest is cut."
             for name, (read, there) in counts.items()

@@ -1,0 +1,79 @@
+"""`hidream embed`: what I1's text encoders say of a prompt, in a file, for drawing without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hidream.cli import console
+from hidream.cli.arguments import Parser, add_json, add_model
+from hidream.errors import InputError, UsageError
+from hidream.folder import locate, transformer_folder
+from hidream.limits import clean_prompt
+from hidream.request import ENCODERS
+
+EXAMPLES = """\
+hidream embed "a cat in the snow" -m i1-full -n "blurry" -o cat.safetensors
+hidream generate --embeddings cat.safetensors -m i1-full -o cat.png"""
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser(
+        "embed",
+        "Have I1's text encoders read a prompt once. Drawing from the file needs none of them.",
+        usage="hidream embed PROMPT -o FILE [flags]",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="what will be drawn")
+    parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="the negative prompt")
+    parser.add_argument(
+        "--encoder-prompt",
+        action="append",
+        nargs=2,
+        default=[],
+        metavar=("ENCODER", "TEXT"),
+        help=f"what one of them reads instead: {', '.join(ENCODERS)} (repeatable)",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_model(parser)
+    add_json(parser)
+    arguments = parser.parse(argv)
+    prompt = clean_prompt(arguments.prompt)
+    negative = clean_prompt(arguments.negative, "negative_prompt", may_be_empty=True)
+    output = Path(arguments.output).expanduser()
+    if output.suffix != ".safetensors":
+        raise InputError(f"{output} is no name of an embedding file.", "End it in .safetensors.")
+    if output.exists() and not arguments.overwrite:
+        raise InputError(f"{output} exists already.", "Choose another name, or say --overwrite.")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"{output.parent} is not a folder.", "Make it first.")
+    spec, folder = locate(arguments.model or "i1-full", variant=arguments.variant)
+    if spec.family == "o1" or transformer_folder(folder) is None:
+        raise UsageError(f"{spec.name} has no text encoders.", "Name an I1 or E1: -m i1-full.")
+
+    from hidream.models.i1.embeddings import Embeddings, save_embeddings
+    from hidream.models.i1.text import TextEncoders, Texts
+    from hidream.pipelines.devices import find_device, find_dtype
+
+    device = find_device(arguments.device)
+    dtype = find_dtype(None if arguments.dtype == "auto" else arguments.dtype, device)
+    texts, negative_texts = Texts.of(prompt, dict(arguments.encoder_prompt)), Texts.of(negative)
+    encoders = TextEncoders.open(
+        folder, llama=arguments.llama, device=device, dtype=dtype, keep=False
+    )
+    for warning in (*encoders.cut(texts), *encoders.cut(negative_texts)):
+        console.warn(warning)
+    console.say(f"reading with the text encoders of {spec.name}")
+    both = encoders.encode([texts, negative_texts])
+    found = Embeddings(
+        features=both.take([0]),
+        texts=texts,
+        negative=both.take([1]),
+        negative_texts=negative_texts,
+    )
+    save_embeddings(output, found, overwrite=arguments.overwrite)
+    if arguments.json:
+        console.show({"path": str(output), "model": spec.name, "bytes": output.stat().st_size})
+    else:
+        print(output)
+    return 0

@@ -1,0 +1,144 @@
+"""I1 and E1 from the command line, on tiny folders in the published layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hidream.cli.main import main
+from hidream.models.i1.config import I1_TINY
+from tests import tiny_i1
+
+FEW = ("--steps", "2", "--seed", "7")
+SUBJECT = ("--subject-mask", "mask.png", "--background", "a.png")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """i1, e1 and one without Llama; a picture and a mask beside them."""
+    root = tmp_path_factory.mktemp("i1")
+    tiny_i1.make_tiny_i1(root / "i1", llama_inside=True)
+    tiny_i1.make_tiny_i1(root / "gated")
+    wide = replace(I1_TINY, max_resolution=(16, 32))
+    tiny_i1.make_tiny_i1(root / "e1", config=wide, llama_inside=True, seed=40)
+    pixels = np.random.default_rng(1).integers(0, 256, (128, 128, 3), np.uint8)
+    Image.fromarray(pixels).save(root / "a.png")
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 32, 96, 96))
+    mask.save(root / "mask.png")
+    return root
+
+
+@pytest.fixture
+def place(folders, tmp_path, monkeypatch):
+    for name in ("i1", "e1", "gated", "a.png", "mask.png"):
+        (tmp_path / name).symlink_to(folders / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HIDREAM_LLAMA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def pixels(path):
+    return np.asarray(Image.open(path), int)
+
+
+def test_a_picture_says_how_to_make_it_again(place, capsys):
+    assert main(["generate", "a tree", "-m", "./i1", *FEW, "-n", "blur", "-o", "one.png"]) == 0
+    assert main(["generate", "--from", "one.png", "-o", "two.png"]) == 0
+    assert (pixels("one.png") == pixels("two.png")).all()
+    capsys.readouterr()
+    assert main(["info", "one.png", "--json"]) == 0
+    note = json.loads(capsys.readouterr().out)
+    text = json.dumps(note)
+    assert '"negative_prompt": "blur"' in text
+    assert '"sampler": "unipc"' in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("edit", "a.png", "a tree", "-m", "./i1", "--mask", "mask.png"),
+        ("edit", "a.png", "more", "-m", "./i1", "--size", "128x128", "--mask", "mask.png"),
+        ("generate", "a tree", "-m", "./i1", "--init", "a.png", "--strength", "0.5"),
+        ("generate", "a tree", "-m", "./i1", "--init", "a.png", "--size", "160x128"),
+        ("generate", "a tree", "-m", "./i1", "--tile"),
+        ("edit", "a.png", "redden", "-m", "./e1"),
+        ("edit", "a.png", "redden", "-m", "./e1", "--no-clip-cfg-norm"),
+        ("edit", "a.png", "redden", "-m", "./e1", "--refine-strength", "0.5", "--refiner", "./i1"),
+        ("composite", "a.png", "a tree", "-m", "./i1", *SUBJECT, "--place", "0.3,0.6"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_every_verb(place, flags, capsys):
+    assert main([*flags, *FEW, "-o", "out.png", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [image["path"] for image in shown["images"]] == ["out.png"]
+    made = pixels("out.png")
+    assert made.std() > 0
+    if "mask.png" in flags and flags[0] == "edit":
+        kept = pixels("mask.png") == 0
+        assert (made[kept] == pixels("a.png")[kept]).all()
+
+
+def test_embeddings_stand_for_the_encoders(place, capsys):
+    """Also in a folder whose Llama is not there."""
+    assert main(["embed", "a tree", "-n", "blur", "-m", "./i1", "-o", "tree.safetensors"]) == 0
+    assert main(["generate", "a tree", "-n", "blur", "-m", "./i1", *FEW, "-o", "one.png"]) == 0
+    for folder in ("./i1", "./gated"):
+        flags = ["--embeddings", "tree.safetensors", "-m", folder, *FEW, "--overwrite"]
+        assert main(["generate", *flags, "-o", "two.png"]) == 0
+        assert (pixels("one.png") == pixels("two.png")).all()
+    assert main(["generate", "a house", *flags, "-o", "two.png"]) == 3
+    assert 'made of another prompt: "a tree"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("generate", "x", "-m", "./gated"), 4, "Llama-3.1-8B-Instruct, which is gated"),
+        (("generate", "x", "-m", "./i1", "--size", "256x128"), 2, "more than ./i1 draws at once"),
+        (("edit", "a.png", "x", "-m", "./i1"), 2, "reads no reference pictures"),
+        (("generate", "x", "-m", "./e1"), 2, "edits one picture; there are 0"),
+        (("edit", "a.png", "x", "-m", "./e1", "--refine-strength", "0.5"), 4, "models pull"),
+        (("generate", "x", "--image-guidance-scale", "2"), 2, "is for E1's editing"),
+        (("generate", "x", "-m", "./i1", "--encoder-prompt", "bert", "y"), 2, "unknown text enc"),
+        (("generate", "x", "-m", "./i1", "--embeddings", "a.png"), 3, "safetensors"),
+        (("describe", "a.png", "-m", "./i1"), 2, "draws, but cannot write"),
+        (("subject", "x", "--ref", "a.png", "--ref", "a.png", "-m", "./i1"), 2, "no reference"),
+        (("generate", "x", "-m", "i1-full"), 4, "hidream models pull"),
+        (("embed", "x", "-m", "o1-nano", "-o", "x.safetensors"), 2, "has no text encoders"),
+        (("embed", "x", "-m", "./i1", "-o", "x.txt"), 3, "End it in .safetensors"),
+        (("composite", "a.png", "x", "--subject-mask", "a.png", "--background", "none.png"), 3, ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_refusals(place, flags, code, said, capsys):
+    assert main([*flags]) == code
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+    assert len([line for line in told.splitlines() if line.startswith("error")]) == 1
+
+
+def test_a_missing_component_is_named_before_weights(place, folders, capsys):
+    shutil.copytree(folders / "i1", place / "broken")
+    shutil.rmtree(place / "broken" / "tokenizer_2")
+    assert main(["generate", "x", "-m", "./broken", *FEW]) == 4
+    assert "tokenizer_2" in capsys.readouterr().err
+    (place / "broken" / "text_encoder" / "model.safetensors").rename(
+        place / "broken" / "text_encoder" / "pytorch_model.bin"
+    )
+    assert main(["generate", "x", "-m", "./broken", *FEW]) == 4
+    assert "pickle" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(place, capsys):
+    flags = ["-m", "./i1", "--variant", "fast", "-n", "blur", *FEW]
+    assert main(["generate", "x", *flags, "-o", "out.png"]) == 0
+    assert "negative prompt has no effect" in capsys.readouterr().err
