@@ -29,13 +29,14 @@ class Work:
     """A request to one model, counted.
 
     `need(policy, width=, device=, loras=)` is its memory, `streamed(policy, width=)` the bytes of
-    weights that come to the device in every call of the network. `flops` are those of a call;
-    `sides` of a typical matrix product in it.
+    weights that come to the device in every call of the network, `shapes()` the network's tensors
+    (it has to be built to know them). `flops` are those of a call; `sides` of a typical matrix
+    product in it.
     """
 
     need: Callable[..., Need]
     streamed: Callable[..., int]
-    shapes: Mapping[str, list[int]]
+    shapes: Callable[[], Mapping[str, list[int]]]
     num_tokens: Mapping[str, int]
     flops: int
     sides: tuple[int, int, int]
@@ -67,7 +68,7 @@ def estimate(
     number = find_dtype(None if dtype == "auto" else dtype, place)
     width = number.itemsize
     work = (_o1 if spec.family == "o1" else _i1)(request, folder, spec, batch_size)
-    loras, lora_files = _lora_bytes(request, work.shapes, width)
+    loras, lora_files = _lora_bytes(request, work, width)
     num_calls = _evaluations(request) * -(-len(request.seeds) // batch_size)
     flops = work.flops * _evaluations(request) * len(request.seeds) // batch_size
     seconds = _seconds(work, flops, num_calls, place, number)
@@ -147,7 +148,7 @@ def _o1(request: GenerateRequest, folder: Folder | None, spec: Spec, num_picture
     return Work(
         need=partial(need, config, batch=batch),
         streamed=partial(streamed_bytes, config),
-        shapes=shapes_of(config),
+        shapes=partial(shapes_of, config),
         num_tokens={
             "text": batch.num_prefix,
             "picture": batch.num_target,
@@ -183,7 +184,7 @@ def _i1(request: GenerateRequest, folder: Folder | None, spec: Spec, num_picture
     return Work(
         need=partial(need, config, batch=batch),
         streamed=partial(streamed_bytes, config),
-        shapes=shapes_of(config),
+        shapes=partial(shapes_of, config),
         num_tokens={"text": text, "picture": batch.num_patches, "references": 0},
         flops=rows * (2 * linear + attention),
         sides=(rows * tokens, size, config.expert_size),
@@ -218,16 +219,14 @@ def _parts(needed: Need) -> dict[str, int]:
     return {name: getattr(needed, name) for name in names}
 
 
-def _lora_bytes(
-    request: GenerateRequest, shapes: Mapping[str, list[int]], width: int
-) -> tuple[int, int]:
+def _lora_bytes(request: GenerateRequest, work: Work, width: int) -> tuple[int, int]:
     """Bytes of the LoRAs' branches on the device, and of their files kept in CPU memory."""
     from hidream.models.loras import MAX_KEPT
 
     if not request.loras:
         return 0, 0
-    layers = linear_layers(shapes)
-    values, files = 0, {}
+    shapes = work.shapes()
+    layers, values, files = linear_layers(shapes), 0, {}
     for path, scale in request.loras:
         file = read_lora(path, layers, request.model or "", shapes=shapes)
         files[file.path] = file.stamp[1]

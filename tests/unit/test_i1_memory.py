@@ -167,7 +167,7 @@ class Shapes(Reader):
         return torch.empty(self.shapes[name], dtype=dtype, device=device)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["auto", "balanced", "16gb", "stream", "int8", "int4"])
 def test_i1_holds_what_was_counted(name, monkeypatch):
     """Built on meta; what its policy puts on a GPU becomes tensors without storage there."""
     policy, waiting = POLICIES[name], {}
@@ -341,7 +341,7 @@ def test_pictures_are_the_same_and_nothing_stays(tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "teraflops"),
-    [("i1-full", 2 * 75.9), ("i1-dev", 75.9), ("i1-fast", 75.9), ("e1-1", 489.0)],
+    [("i1-full", 2 * 75.9), ("i1-dev", 75.9), ("e1-1", 489.0)],
 )
 def test_an_estimate_needs_no_weights(model, teraflops, monkeypatch):
     """Of one call at 1024²; the issue's arithmetic without what a step leaves out."""

@@ -108,6 +108,7 @@ def part_of(name: str, policy: Policy, config: I1Config) -> Part:
     return "streamed" if _block_of(name, config) in streamed_blocks(policy, config) else "resident"
 
 
+@lru_cache(maxsize=64)
 def streamed_blocks(policy: Policy, config: I1Config) -> tuple[int, ...]:
     """Which blocks come in turn, counted through both kinds."""
     return spread(math.ceil(policy.streamed_i1 * config.num_blocks), config.num_blocks)
