@@ -98,7 +98,7 @@ def test_tiles_that_differ_are_blended_over_the_overlap():
 
 
 def test_tiled_coding_is_close_to_whole(codec, monkeypatch):
-    latents = waves(48, 64)
+    latents = waves(32, 48)
     whole = codec.decode(latents)
     pictures = (whole / whole.abs().max()).clamp(-1, 1)
     encoded = codec.encode(pictures)
