@@ -297,6 +297,15 @@ def find_refiner(name: str | Path) -> Path:
     return folder
 
 
+def components_folder(spec: Spec, folder: Path, refiner: str | Path = REFINER) -> Path:
+    """Where a model's text encoders and VAE are: beside an I1's or E1's transformer.
+
+    An E1 that was published without them has those of I1, the `refiner`; ModelError as `locate`.
+    """
+    alone = not (folder / "vae").is_dir() and not (folder / "text_encoder").is_dir()
+    return find_refiner(refiner) if spec.family == "e1" and alone else folder
+
+
 def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) -> Path:
     """The snapshot of a hub repository on this machine, downloaded first unless `local_only`.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model
 from hidream.errors import InputError, UsageError
-from hidream.folder import locate, transformer_folder
+from hidream.folder import components_folder, locate, transformer_folder
 from hidream.limits import clean_prompt
 from hidream.request import ENCODERS
 
@@ -58,8 +58,9 @@ def run(argv: list[str]) -> int:
     device = find_device(arguments.device)
     dtype = find_dtype(None if arguments.dtype == "auto" else arguments.dtype, device)
     texts, negative_texts = Texts.of(prompt, dict(arguments.encoder_prompt)), Texts.of(negative)
+    parts = components_folder(spec, folder, arguments.refiner)
     encoders = TextEncoders.open(
-        folder, llama=arguments.llama, device=device, dtype=dtype, keep=False
+        parts, llama=arguments.llama, device=device, dtype=dtype, keep=False
     )
     for warning in (*encoders.cut(texts), *encoders.cut(negative_texts)):
         console.warn(warning)

@@ -11,13 +11,13 @@ from PIL import Image
 
 from hidream.cancel import CancelToken
 from hidream.errors import InputError
-from hidream.folder import REFINER, find_refiner
+from hidream.folder import REFINER, components_folder, find_refiner
 from hidream.memory import AUTO, Policy
 from hidream.models.e1 import target_description
 from hidream.models.i1.embeddings import load_embeddings
 from hidream.models.i1.model import I1
 from hidream.models.i1.text import TextEncoders, Texts
-from hidream.models.i1.weights import load_i1
+from hidream.models.i1.weights import load_i1, open_i1
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.vae import LatentCodec
 from hidream.pipelines.base import Counter, OnStep, Pipeline, Plan
@@ -62,10 +62,11 @@ class I1Pipeline(Pipeline):
         refiner: str | Path = REFINER,
         text_encoders: bool = True,
     ) -> I1Pipeline:
+        parts = components_folder(spec, folder, refiner)
         encoders = TextEncoders({}, device=device, dtype=dtype)
         if text_encoders:
             encoders = TextEncoders.open(
-                folder,
+                parts,
                 llama=llama,
                 device=device,
                 dtype=dtype,
@@ -73,7 +74,8 @@ class I1Pipeline(Pipeline):
                 piecewise=policy.piecewise,
                 max_kept=prefix_bytes,
             )
-        codec = LatentCodec.open(folder / "vae", device=device, dtype=dtype, keep=not policy.lends)
+            encoders.check(open_i1(folder)[1])
+        codec = LatentCodec.open(parts / "vae", device=device, dtype=dtype, keep=not policy.lends)
         model = load_i1(folder, device=device, dtype=dtype, memory=policy)
         return cls(spec, model, encoders, codec, refiner)
 

@@ -308,6 +308,16 @@ def test_three_row_guidance(editor, monkeypatch, norm):
     assert torch.allclose(stepped, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_an_editor_without_encoders_has_those_of_i1(e1_folder, folder, editor, tmp_path):
+    (tmp_path / "e1").mkdir()
+    (tmp_path / "e1" / "transformer").symlink_to(e1_folder / "transformer")
+    alone = load(tmp_path / "e1", device="cpu", refiner=folder)
+    assert alone.encoders.files
+    assert all(folder in file.parents for file in alone.encoders.files)
+    out = alone("make it red", references=(picture(5),), **FEW)
+    assert levels(out.images[0], editor("make it red", references=(picture(5),), **FEW).images[0])
+
+
 def test_refining_has_the_weights_of_i1(editor, seen):
     """The last steps are another network's, without a source and with the target's description."""
     prompt = "Editing Instruction: redden it. Target Image Description: a red cube"
