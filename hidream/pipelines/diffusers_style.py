@@ -19,10 +19,16 @@ class HiDreamPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, torch_dtype: torch.dtype | str | None = None, device: str = "cpu"
+        cls,
+        model: str | Path,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str = "cpu",
+        **options: Any,
     ) -> HiDreamPipeline:
-        """As `hidream.load`; the model stays on the CPU until `.to(device)`."""
-        return cls(load(model, device=device, dtype=torch_dtype))
+        """As `hidream.load`, whose other options it takes; the model stays on the CPU until
+        `.to(device)`."""
+        return cls(load(model, device=device, dtype=torch_dtype, **options))
 
     def to(self, device: str | torch.device) -> HiDreamPipeline:
         self._pipeline.to(device)
@@ -32,11 +38,15 @@ class HiDreamPipeline:
         self,
         prompt: str,
         *,
+        image: Any = None,
         num_images_per_prompt: int | None = None,
         generator: torch.Generator | None = None,
         **fields: Any,
     ) -> Output:
-        """A request's fields as keywords; a `generator` stands for its initial seed."""
+        """A request's fields as keywords; `image` is the picture to edit, a `generator` stands for
+        its initial seed."""
+        if image is not None:
+            fields.setdefault("references", (image,))
         if generator is not None:
             fields.setdefault("seed", generator.initial_seed() % 2**63)
         if num_images_per_prompt is not None:

@@ -373,6 +373,20 @@ def test_the_reviews_own_snippet(folder, monkeypatch, tmp_path):
     assert np.asarray(image).std() > 1
 
 
+def test_an_editor_as_diffusers_users_call_it(e1_folder, editor):
+    pipe = HiDreamPipeline.from_pretrained(e1_folder, memory="balanced")
+    generator = torch.Generator().manual_seed(7)
+    (image,) = pipe(
+        "make it red",
+        image=picture(5),
+        generator=generator,
+        num_inference_steps=3,
+        image_guidance_scale=1.5,
+    ).images
+    wanted = editor("make it red", references=(picture(5),), image_guidance_scale=1.5, **FEW)
+    assert levels(image, wanted.images[0]) == 0
+
+
 def test_a_missing_component(folder, tmp_path):
     import shutil
 
