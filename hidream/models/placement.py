@@ -219,11 +219,15 @@ def stream_ahead(blocks: Streamed, source: Reader, like: Tensor) -> Ahead:
     for name, (block, parameters) in blocks.items():
         absent.append(empty_out(block, like.dtype, parameters))
         lying = Flat({key: weight.shape for key, weight in absent[-1].items()}, like.dtype)
-        waiting.append(lying.fill(lambda key, name=name: source.read(f"{name}.{key}")))
+        waiting.append(lying.fill(partial(_read_one, source, name)))
     ahead = Ahead(waiting, like.device)
     for turn, (block, _) in enumerate(blocks.values()):
         stream(block, absent[turn], partial(ahead.fetch, turn), partial(ahead.done, turn))
     return ahead
+
+
+def _read_one(source: Reader, module: str, name: str) -> Tensor:
+    return source.read(f"{module}.{name}")
 
 
 def layer_by_layer(module: nn.Module, device: torch.device) -> nn.Module:

@@ -86,7 +86,7 @@ def _view(
     below = name and name + "."
     if not any(other == name or other.startswith(below) for other in (*branches, *whole)):
         return module
-    own = {
+    own: dict[str, nn.Parameter | None] = {
         key: nn.Parameter(whole[below + key], requires_grad=False)
         for key in module._parameters
         if below + key in whole
