@@ -13,6 +13,7 @@ from hidream.camera import CAMERA, camera_value, with_camera
 from hidream.errors import InputError, UsageError
 from hidream.limits import (
     RANGES,
+    SPARSE_BLOCK,
     TRAINED_BOXES,
     Box,
     Lora,
@@ -25,14 +26,16 @@ from hidream.limits import (
     check_seed,
     check_side,
     check_sigmas,
+    check_sparsity,
     clean_prompt,
     is_picture,
     read_layout,
     size_error,
+    skipped_blocks,
     snap_size,
 )
 from hidream.outpainting import Margins, canvas_size, check_expand, fit_expand
-from hidream.registry import SAMPLERS, Defaults, nearest
+from hidream.registry import SAMPLERS, Defaults, Spec, nearest
 from hidream.sheet import Sheet, read_sheet, resolve_sheet
 
 DEFAULT_STRENGTH = 0.6
@@ -43,7 +46,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "image_guidance_scale": (None,),
     "refine_prompt": (None, "off"),
     "refine_strength": (None,),
-    "sparsity": (None, 0.0),
 }
 
 
@@ -59,6 +61,8 @@ class GenerateRequest:
     schedule that an image-to-image request runs. `expand` is the pixels by which the only
     reference grows at its left, top, right and bottom: all of it is kept, what is new is drawn
     (and what a mask of the reference frees). `sheet` parts the picture into panels.
+    `sparsity` is the share of the attention between blocks of a picture's patches that is
+    skipped: 0 skips nothing.
     `loras` holds (path, scale) pairs; a path is a safetensors file, a folder with one, or a hub
     name. `shot`, `angle` and `view` are names of `hidream.camera`, put into words before the
     prompt.
@@ -112,6 +116,7 @@ class GenerateRequest:
             put(self, "negative_prompt", cleaned)
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
+        put(self, "sparsity", check_sparsity(self.sparsity))
         for name in ("keep_aspect", "deterministic"):
             if getattr(self, name) not in (None, True, False):
                 raise UsageError(f"{name}={getattr(self, name)!r} is neither true nor false.")
@@ -290,13 +295,18 @@ def resolve(
         sheet=sheet,
         strength=_or(request.strength, DEFAULT_STRENGTH) if request.init_image else None,
         refine_prompt=request.refine_prompt or "off",
-        sparsity=_or(request.sparsity, 0.0),
+        sparsity=or_default("sparsity"),
         deterministic=bool(request.deterministic),
     )
 
 
-def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str, ...]:
-    """What a user should be told about the way from the asked to the resolved request."""
+def warnings_of(
+    asked: GenerateRequest, resolved: GenerateRequest, spec: Spec | None = None
+) -> tuple[str, ...]:
+    """What a user should be told about the way from the asked to the resolved request.
+
+    Without its model's `spec`, nothing about what the model does with it.
+    """
     found = []
     for name in ("width", "height"):
         before, after = getattr(asked, name), getattr(resolved, name)
@@ -322,7 +332,23 @@ def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str,
             f"the negative prompt has no effect: guidance_scale={resolved.guidance_scale:g} is "
             "off (1 or less)."
         )
+    if spec is not None and resolved.sparsity:
+        num_patches = _num_patches(resolved, spec)
+        if not skipped_blocks(num_patches, resolved.sparsity):
+            found.append(
+                f"sparsity={resolved.sparsity:g} has no effect: {num_patches} patches are "
+                f"{num_patches // SPARSE_BLOCK} whole blocks of {SPARSE_BLOCK}, of which none can "
+                "be skipped."
+            )
     return tuple(found)
+
+
+def _num_patches(request: GenerateRequest, spec: Spec) -> int:
+    """Of a resolved request's picture, and of the source that E1 sees beside it."""
+    assert request.width is not None
+    assert request.height is not None
+    pictures = 2 if spec.family == "e1" and request.references else 1
+    return pictures * (request.width // spec.patch_size) * (request.height // spec.patch_size)
 
 
 def _resolved_size(

@@ -176,12 +176,19 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     group.add_argument("--noise-scale", type=float, metavar="F", **unset)
     group.add_argument("--noise-clip-std", type=float, metavar="F", **unset)
     group.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="F",
+        help="share of the attention between a picture's parts to skip, 0 … below 1",
+        **unset,
+    )
+    group.add_argument(
         "--deterministic", action="store_true", help="same bits in any batch", **unset
     )
 
     later = parser.add_argument_group("refused in this version, with a message")
     later.add_argument("--refine-prompt", metavar="NAME", **unset)
-    for name in ("refine-strength", "sparsity", "image-guidance-scale"):
+    for name in ("refine-strength", "image-guidance-scale"):
         later.add_argument(f"--{name}", type=float, metavar="F", **unset)
 
 

@@ -81,7 +81,7 @@ def draw(
     request = replace(
         resolve(asked, defaults, spec.patch_size, source_size=source_size), model=spec.name
     )
-    warnings += [told for told in warnings_of(asked, request) if told not in again.warnings]
+    warnings += [told for told in warnings_of(asked, request, spec) if told not in again.warnings]
     opened = open_folder(folder) if folder is not None else None
     check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:

@@ -175,7 +175,11 @@ class _Checks:
                 resolve(asked, defaults, self.spec.patch_size, source_size=size),
                 model=self.spec.name,
             )
-            warnings = [*warnings, *warnings_of(asked, request), *self._read_loras(request)]
+            warnings = [
+                *warnings,
+                *warnings_of(asked, request, self.spec),
+                *self._read_loras(request),
+            ]
             self.told.add(where, warnings)
             check_previews(self.arguments, paths, request)
             return Order(where=where, request=request, paths=paths, inputs=inputs)

@@ -62,6 +62,7 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.noise_scale,
         request.noise_clip_std,
         request.strength,
+        request.sparsity,
         request.loras,
     )
 
@@ -154,6 +155,7 @@ def _guided(
         model,
         distinct,
         loras=tuple((file.path, file.stamp, scale) for file, scale in jobs[0].loras),
+        sparsity=request.sparsity,
         counter=counter,
         on_prefill=None if cancel is None else cancel.check,
     )

@@ -338,7 +338,8 @@ class Pipeline:
         jobs = [
             Job(request, seed, conditional, unconditional, kept, loras) for seed in request.seeds
         ]
-        warnings = (*warnings_of(asked, request), *(w for file, _ in loras for w in file.warnings))
+        told = warnings_of(asked, request, self.spec)
+        warnings = (*told, *(w for file, _ in loras for w in file.warnings))
         return _Plan(request, jobs, warnings)
 
 
