@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from hidream import registry
 from hidream.errors import ModelError
@@ -64,9 +65,9 @@ def test_it_is_dense_attention_without_the_blocks_that_are_left_out(sparse, bias
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("sparse", PLACES[:2], ids=str)
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_given_the_same_mask(sparse, biased):
+def test_flex_attention_is_given_the_same_mask(sparse, biased, monkeypatch):
     """A GPU runs this compiled; here every score is computed, and the mask is what is tested."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     q, k, v = heads()
     bias = torch.randn(84, generator=torch.Generator().manual_seed(3)) if biased else None
     part, chosen = blocks_of(q, k, sparse)
