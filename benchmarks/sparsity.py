@@ -90,13 +90,23 @@ def i1_part(sides: Sides) -> Cases:
     for side in [s for s in I1_SIDES if s in sides or not sides]:
         rounds = I1_SIDES[side]
         x_t = noise(1, I1_CONFIG.in_channels, 2 * side, 2 * side)
-        ways: dict[float, Callable[[], Tensor]] = {}
-        for sparsity in (0.0, *SPARSITIES):
-            prefix = model.prefill(
-                features, height=2 * side, width=2 * side, sigmas=sigma, sparsity=sparsity
-            )
-            ways[sparsity] = partial(model.velocity, x_t, sigma[0], prefix)
-        yield f"{side * side}_patches", _timed(ways, rounds, side)
+        options: dict[str, Any] = {"height": 2 * side, "width": 2 * side, "sigmas": sigma}
+        prefixes = {
+            sparsity: model.prefill(features, sparsity=sparsity, **options)
+            for sparsity in (0.0, *SPARSITIES)
+        }
+        ways: dict[float, Callable[[], Tensor]] = {
+            sparsity: partial(model.velocity, x_t, sigma[0], prefix)
+            for sparsity, prefix in prefixes.items()
+        }
+        case = _timed(ways, rounds, side)
+        dense = ways[0.0]()
+        in_rows = torch.arange(side * side)
+        for sparsity in SPARSITIES:
+            raster = replace(_blocks((side, side), sparsity), order=in_rows, back=in_rows)
+            out = model.velocity(x_t, sigma[0], replace(prefixes[0.0], blocks=raster))
+            case["sparsity"][str(sparsity)]["error_in_rows"] = _rounded(_error(out, dense))
+        yield f"{side * side}_patches", case
 
 
 def nano_part(sides: Sides) -> Cases:

@@ -2,12 +2,12 @@
 
 A picture's patches are put in an order in which 64 in a row are a compact region, about 8×8.
 Queries and keys are averaged over each such block; for every head and block of queries, the
-blocks of keys whose averages agree most with the query's are kept, and its own. All else is left
-out: it is neither multiplied nor read. What is no whole block of the picture – text, references,
-padding, the patches left over at the end – is always read, and reads everything.
+blocks of keys whose averages agree most with the query's are kept. All else is left out: it is
+neither multiplied nor read. What is no whole block of the picture – text, references, padding, the
+patches left over at the end – is always read, and reads everything.
 
-The choice is made anew in every layer and step, from the queries and keys themselves. It is that
-of SpargeAttn (arXiv 2502.18137, sec. 3.2) without its thresholds: the share is given.
+The choice is made anew in every layer and step, from the queries and keys themselves, as in
+SpargeAttn (arXiv 2502.18137), but with a given share in place of its thresholds.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def sparse_attention(
 def choose_blocks(
     q: Float[Tensor, "b m h d"], k: Float[Tensor, "b s g d"], sparse: Sparse
 ) -> Int[Tensor, "b h blocks kept"]:
-    """For every head and block of queries the blocks of keys to read, rising; its own is one."""
+    """For every head and block of queries the blocks of keys to read, rising."""
     keys = k[:, sparse.first_key :][:, : sparse.num_blocks * sparse.size]
     pooled_q, pooled_k = (
         t.unflatten(1, (-1, sparse.size)).mean(2, dtype=torch.float32).transpose(1, 2)
@@ -151,7 +151,6 @@ def choose_blocks(
     )  # (b, heads, blocks, d)
     pooled_k = pooled_k.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     scores = pooled_q @ pooled_k.transpose(-1, -2)
-    scores.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
     return scores.topk(sparse.num_kept, dim=-1).indices.sort(dim=-1).values
 
 
