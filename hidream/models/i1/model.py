@@ -421,7 +421,7 @@ class I1(nn.Module):
             self.config.rope_dims[0],
             pad,
             bias,
-            prefix.blocks and prefix.blocks.at(0, 0),
+            prefix.blocks.at(0, 0) if prefix.blocks is not None else None,
             self.attention_backend,
         )
 

@@ -264,7 +264,8 @@ class O1(nn.Module):
             ):
                 keys = torch.cat([prefix.keys[layer][i], k_i])
                 values = torch.cat([prefix.values[layer][i], v_i])
-                sparse = blocks and blocks.at(1, len(keys) - len(k_i) + 1)  # after the timestep
+                first = len(keys) - len(k_i) + 1  # after the timestep
+                sparse = blocks.at(1, first) if blocks is not None else None
                 row = attention(q_i[None], keys[None], values[None], sparse=sparse, backend=backend)
                 out.append(row[0])
             return torch.cat(out)
