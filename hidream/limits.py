@@ -24,6 +24,7 @@ MAX_BATCH = 16  # pictures drawn together, fewer when they are large
 MAX_LORAS = 16
 MAX_LORA_SCALE = 100
 BATCH_AREA = 4 * 1024 * 1024  # pixels of a batch, unless one picture alone has more
+SPARSE_BLOCK = 64  # patches that sparse attention keeps or skips together
 
 Box = tuple[float, float, float, float]
 Lora = tuple[str, float]  # a path or hub name, and how strongly it acts
@@ -54,6 +55,11 @@ TEXT_RANGES: dict[str, Range] = {
 def batch_size(width: int, height: int) -> int:
     """How many pictures of one size are drawn together: 1 … 16."""
     return max(1, min(MAX_BATCH, BATCH_AREA // (width * height)))
+
+
+def skipped_blocks(num_patches: int, sparsity: float, size: int = SPARSE_BLOCK) -> int:
+    """How many of a picture's blocks of patches each block does not read; never all."""
+    return int(sparsity * (num_patches // size) + 1e-9)
 
 
 def clean_prompt(text: object, name: str = "prompt", *, may_be_empty: bool = False) -> str:
@@ -190,6 +196,17 @@ def check_in_range(name: str, value: Any, ranges: Mapping[str, Range] = RANGES) 
             f"{name}={number:g} is out of range: {bounds}.", "Choose a value in this range."
         )
     return number
+
+
+def check_sparsity(value: Any) -> float | None:
+    """A share that leaves something; UsageError otherwise."""
+    value = check_in_range("sparsity", value)
+    if value == 1:
+        raise UsageError(
+            "sparsity=1 would leave nothing to read: it must be below 1.",
+            "Choose a smaller share, as 0.5; 0 skips nothing.",
+        )
+    return value
 
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:

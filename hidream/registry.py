@@ -30,8 +30,8 @@ class Defaults:
     `sigmas` None means the schedule computed from the number of steps and the shift; a tuple is
     used as it stands when the number of steps is its length. `noise_scale` is the standard
     deviation of the first state (and of flash's step noise); `width` and `height` are pixels and
-    give the native area. `hires_strength` is the strength at which an
-    initial picture is drawn larger than that.
+    give the native area. `hires_strength` is the strength at which an initial picture is drawn
+    larger than that. `sparsity` is above 0 only for a checkpoint that was tuned for it.
     """
 
     num_inference_steps: int
@@ -45,6 +45,7 @@ class Defaults:
     sigmas: tuple[float, ...] | None = None
     width: int = 2048
     height: int = 2048
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +348,8 @@ def _overlaid(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
             good = value is None or _number(value)
         elif item.name in ("num_inference_steps", "width", "height"):
             good = isinstance(value, int) and value > 0
+        elif item.name == "sparsity":
+            good = _number(value) and 0 <= value < 1
         else:
             good = _number(value)
         if not good:

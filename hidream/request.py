@@ -14,6 +14,7 @@ from hidream.camera import CAMERA, camera_value, with_camera
 from hidream.errors import InputError, UsageError
 from hidream.limits import (
     RANGES,
+    SPARSE_BLOCK,
     TRAINED_BOXES,
     Box,
     Lora,
@@ -26,10 +27,12 @@ from hidream.limits import (
     check_seed,
     check_side,
     check_sigmas,
+    check_sparsity,
     clean_prompt,
     is_picture,
     read_layout,
     size_error,
+    skipped_blocks,
     snap_size,
 )
 from hidream.outpainting import Margins, canvas_size, check_expand, fit_expand
@@ -53,7 +56,6 @@ _OF_FAMILIES = (
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "refine_prompt": (None, "off"),
-    "sparsity": (None, 0.0),
 }
 
 
@@ -70,6 +72,8 @@ class GenerateRequest:
     reference grows at its left, top, right and bottom: all of it is kept, what is new is drawn
     (and what a mask of the reference frees). `sheet` parts the picture into panels. `tile` makes a
     texture that goes on where it is laid beside itself.
+    `sparsity` is the share of the attention between blocks of a picture's patches that is
+    skipped: 0 skips nothing.
     `loras` holds (path, scale) pairs; a path is a safetensors file, a folder with one, or a hub
     name. `shot`, `angle` and `view` are names of `hidream.camera`, put into words before the
     prompt.
@@ -136,6 +140,7 @@ class GenerateRequest:
             put(self, "negative_prompt", cleaned)
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
+        put(self, "sparsity", check_sparsity(self.sparsity))
         if self.embeddings is not None and not isinstance(self.embeddings, str | Path):
             raise UsageError(f"embeddings={self.embeddings!r} is not the path of a file.")
         put(self, "encoder_prompts", _encoder_prompts(self.encoder_prompts))
@@ -327,7 +332,7 @@ def resolve(
         tile=bool(request.tile),
         as_published=bool(request.as_published),
         refine_prompt=request.refine_prompt or "off",
-        sparsity=_or(request.sparsity, 0.0),
+        sparsity=or_default("sparsity"),
         deterministic=bool(request.deterministic),
     )
 
@@ -371,8 +376,13 @@ def _check_references(spec: Spec, request: GenerateRequest) -> None:
         )
 
 
-def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str, ...]:
-    """What a user should be told about the way from the asked to the resolved request."""
+def warnings_of(
+    asked: GenerateRequest, resolved: GenerateRequest, spec: Spec | None = None
+) -> tuple[str, ...]:
+    """What a user should be told about the way from the asked to the resolved request.
+
+    Without its model's `spec`, nothing about what the model does with it.
+    """
     found = []
     for name in ("width", "height"):
         before, after = getattr(asked, name), getattr(resolved, name)
@@ -399,7 +409,23 @@ def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str,
             f"the negative prompt has no effect: guidance_scale={resolved.guidance_scale:g} is "
             "off (1 or less)."
         )
+    if spec is not None and resolved.sparsity:
+        num_patches = _num_patches(resolved, spec)
+        if not skipped_blocks(num_patches, resolved.sparsity):
+            found.append(
+                f"sparsity={resolved.sparsity:g} has no effect: {num_patches} patches are "
+                f"{num_patches // SPARSE_BLOCK} whole blocks of {SPARSE_BLOCK}, of which none can "
+                "be skipped."
+            )
     return tuple(found)
+
+
+def _num_patches(request: GenerateRequest, spec: Spec) -> int:
+    """Of a resolved request's picture, and of the source that E1 sees beside it."""
+    assert request.width is not None
+    assert request.height is not None
+    pictures = 2 if spec.family == "e1" and request.references else 1
+    return pictures * (request.width // spec.patch_size) * (request.height // spec.patch_size)
 
 
 def _resolved_size(

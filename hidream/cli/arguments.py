@@ -222,13 +222,18 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
         "--as-published", action="store_true", help="I1, E1: as their own pipelines do", **unset
     )
     group.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="F",
+        help="share of the attention between a picture's parts to skip, 0 … below 1",
+        **unset,
+    )
+    group.add_argument(
         "--deterministic", action="store_true", help="same bits in any batch", **unset
     )
 
     later = parser.add_argument_group("refused in this version, with a message")
     later.add_argument("--refine-prompt", metavar="NAME", **unset)
-    for name in ("sparsity",):
-        later.add_argument(f"--{name}", type=float, metavar="F", **unset)
 
 
 def add_prompt_file(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,7 @@ def draw(
     check_ability(spec, request)
     if request.refine_strength and not arguments.dry_run:
         find_refiner(arguments.refiner)
-    warnings += [told for told in warnings_of(asked, request) if told not in again.warnings]
+    warnings += [told for told in warnings_of(asked, request, spec) if told not in again.warnings]
     opened = open_model(folder) if folder is not None else None
     check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:

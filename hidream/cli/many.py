@@ -178,7 +178,11 @@ class _Checks:
             check_ability(self.spec, request)
             if request.refine_strength and not self.arguments.dry_run:
                 find_refiner(self.arguments.refiner)
-            warnings = [*warnings, *warnings_of(asked, request), *self._read_loras(request)]
+            warnings = [
+                *warnings,
+                *warnings_of(asked, request, self.spec),
+                *self._read_loras(request),
+            ]
             self.told.add(where, warnings)
             check_previews(self.arguments, paths, request)
             return Order(where=where, request=request, paths=paths, inputs=inputs)

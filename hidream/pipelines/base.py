@@ -341,6 +341,7 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.noise_scale,
         request.noise_clip_std,
         request.strength,
+        request.sparsity,
         request.loras,
     )
 

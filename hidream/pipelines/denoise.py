@@ -118,6 +118,7 @@ def _guided(
         model,
         distinct,
         loras=tuple((file.path, file.stamp, scale) for file, scale in jobs[0].loras),
+        sparsity=request.sparsity,
         counter=counter,
         on_prefill=None if cancel is None else cancel.check,
     )

@@ -159,4 +159,8 @@ class I1Pipeline(Pipeline):
             LatentJob(request, seed, texts, negative, edited, target, source=source, loras=loras)
             for seed in request.seeds
         ]
-        return Plan(request, jobs, (*warnings_of(asked, request), *told, *self.encoders.cut(texts)))
+        return Plan(
+            request,
+            jobs,
+            (*warnings_of(asked, request, self.spec), *told, *self.encoders.cut(texts)),
+        )

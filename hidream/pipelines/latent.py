@@ -236,6 +236,7 @@ def _read(model: I1, work: _Work, rows: Sequence[sampling.Row], sources: Tensor 
         width=work.size[1],
         source=source,
         sigmas=work.shown,
+        sparsity=jobs[0].request.sparsity or 0.0,
     )
     return prefix.take([distinct.index(item) for item in asked])
 

@@ -124,4 +124,4 @@ class O1Pipeline(Pipeline):
             O1Job(request, seed, conditional, unconditional, source=kept, loras=loras)
             for seed in request.seeds
         ]
-        return Plan(request, jobs, (*warnings_of(asked, request), *told))
+        return Plan(request, jobs, (*warnings_of(asked, request, self.spec), *told))

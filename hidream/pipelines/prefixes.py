@@ -71,12 +71,14 @@ class Prefixes:
         requests: Sequence[Tokens],
         *,
         loras: Hashable = (),
+        sparsity: float = 0.0,
         counter: Counter | None = None,
         on_prefill: Callable[[], object] | None = None,
     ) -> Prefix:
         """The prefix of `requests`, a row each; what several share is computed once.
 
-        `model` is as the LoRAs `loras` (files and scales) have changed it. `on_prefill()` is
+        `model` is as the LoRAs `loras` (files and scales) have changed it. `sparsity` is of the
+        steps to come: what is kept does not depend on it. `on_prefill()` is
         called before each that is computed; what it raises ends the work.
         """
         counter = counter or Counter()
@@ -110,7 +112,7 @@ class Prefixes:
                 parts = [row for layer in (*computed.keys, *computed.values) for row in layer]
                 keep(key, computed, [*parts, computed.last])
                 counter.num_prefills += 1
-            rows.append(model.with_generated(here[key], [tokens]))
+            rows.append(model.with_generated(here[key], [tokens], sparsity))
         return Prefix.join(rows)
 
     def _generation_of(self, model: O1) -> int:

@@ -97,7 +97,7 @@ FLAGS = [
     (["generate", "x", "--shot", "closup"], 2, ["shot", "close-up"]),
     (["generate", "x", "--refine-prompt", "on"], 2, ["refine_prompt", "not available"]),
     (["generate", "x", "--refine-prompt", "auto"], 2, ["refine_prompt", "not available"]),
-    (["generate", "x", "--sparsity", "0.7"], 2, ["sparsity", "not available"]),
+    (["generate", "x", "--sparsity", "1"], 2, ["sparsity=1", "below 1"]),
     (["generate", "x", "--prompt-file", "a.txt"], 2, ["PROMPT and --prompt-file", "Leave one"]),
     (["edit", "a.png", "x", "--prompt-file", "a.txt"], 2, ["PROMPT and --prompt-file"]),
     (["generate", "--from", "a.png", "--prompt-file", "a.txt"], 2, ["--from and --prompt-file"]),

@@ -20,6 +20,7 @@ from hidream.models.i1.config import I1Config
 from hidream.nn.attention import Backend, attention
 from hidream.nn.moe import FeedForward, MixtureOfExperts, Routing
 from hidream.nn.rope import Rope, rotate_pairs
+from hidream.nn.sparse import Sparse
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Where:
     `rope`: (l, r) angles of all of them; those that are no patch do not turn. `first`: the
     dimension of a head at which the turning ones begin. `pad`: the place of the token that stands
     for all the padding, whose key is zero; `bias`: (l,), its log-count. None: there is none.
+    `sparse`: which of the picture's blocks are skipped; None: nothing is.
     """
 
     rope: Rope
     first: int
     pad: int | None
     bias: Float[Tensor, " l"] | None
+    sparse: Sparse | None = None
     backend: Backend = "auto"
 
     def rotate(self, x: Float[Tensor, "b l h d"]) -> Float[Tensor, "b l h d"]:
@@ -106,7 +109,7 @@ class Attention(nn.Module):
         return layer(x)
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
-        out = attention(q, k, v, bias=where.bias, backend=where.backend)
+        out = attention(q, k, v, bias=where.bias, sparse=where.sparse, backend=where.backend)
         return rearrange(out, "b l h d -> b l (h d)")
 
 

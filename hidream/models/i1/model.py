@@ -53,6 +53,7 @@ from hidream.models.placement import Elsewhere
 from hidream.nn.attention import Backend
 from hidream.nn.moe import Routing, balance_loss, expert_loads
 from hidream.nn.rope import Rope, axial_angles
+from hidream.nn.sparse import Blocks
 
 THETA = 10_000.0
 
@@ -94,7 +95,8 @@ class Prefix:
     `source`: embedded patches to edit, or none of them (s = 0). `rope`: angles of the target's
     patches, then the source's; `grid`: the target's rows and columns. `num_pads`: how many padding
     tokens the one that is computed stands for; 0 leaves it out. `modulations`, where they are
-    known, have the `sigmas` in front: (steps, b, …).
+    known, have the `sigmas` in front: (steps, b, …). `blocks`: with sparse attention, the order of
+    the target's patches, and of the source's, in which `source` and `rope` are.
     """
 
     text: Float[Tensor, "b t d"]
@@ -106,6 +108,7 @@ class Prefix:
     num_pads: int
     sigmas: tuple[float, ...] = ()
     modulations: Modulations | None = None
+    blocks: Blocks | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -115,10 +118,11 @@ class Prefix:
         """All rows of several prefixes as one, in their order; they are of one size and length."""
         first, tables = prefixes[0], [p.modulations for p in prefixes]
         if any(
-            (p.grid, p.num_pads, p.sigmas) != (first.grid, first.num_pads, first.sigmas)
+            (p.grid, p.num_pads, p.sigmas, p.blocks)
+            != (first.grid, first.num_pads, first.sigmas, first.blocks)
             for p in prefixes
         ):
-            raise ValueError("prefixes of different sizes or sigmas cannot be joined")
+            raise ValueError("prefixes of different sizes, sigmas or sparsities cannot be joined")
         joined = None
         if first.modulations is not None:
             blocks = zip(*(t.blocks for t in tables if t is not None), strict=True)
@@ -214,13 +218,15 @@ class I1(nn.Module):
         source: Float[Tensor, "b c h w"] | None = None,
         sigmas: Float[Tensor, " steps"] | None = None,
         pads: bool = True,
+        sparsity: float = 0.0,
     ) -> Prefix:
         """What does not change from step to step, for latents of `height` × `width`.
 
         `source`: clean latents to edit, of the same size; they stand to the right of the picture.
         `sigmas`: those that `velocity` will be called with; without them it computes the
         modulation of each itself. `pads` False leaves the padding out of pictures that are not
-        square, as ComfyUI does, and lifts the limit on their size.
+        square, as ComfyUI does, and lifts the limit on their size. `sparsity` is the share of the
+        attention between patches, the source's included, that steps skip: see `hidream.nn.sparse`.
 
         Raises UsageError for more patches than the checkpoint takes.
         """
@@ -252,6 +258,14 @@ class I1(nn.Module):
             if source.shape[-2:] != (height, width):
                 raise ValueError("the source's latents must be of the picture's size")
             prefix = replace(prefix, source=self.x_embedder(self._patches(source.to(like))))
+        blocks = Blocks.of(
+            (rows, columns), sparsity, num_grids=1 + (source is not None), device=like.device
+        )
+        if blocks is not None:
+            order, (cos, sin) = blocks.order, prefix.rope
+            both = torch.cat([order + i * len(order) for i in range(blocks.num_grids)])
+            kept = prefix.source[:, order] if source is not None else prefix.source
+            prefix = replace(prefix, source=kept, rope=(cos[both], sin[both]), blocks=blocks)
         if sigmas is not None:
             time = sigmas.to(like.device)[:, None]  # (steps, 1) beside (b, d)
             prefix = replace(
@@ -307,7 +321,11 @@ class I1(nn.Module):
         rows, columns = prefix.grid
         if (len(x_t), patches.shape[1]) != (len(prefix), rows * columns):
             raise ValueError(f"x_t of {tuple(x_t.shape)} is not what the prefix was made for")
-        tokens = [self.x_embedder(patches), prefix.source]
+        blocks = prefix.blocks
+        tokens = [
+            self.x_embedder(patches if blocks is None else patches[:, blocks.order]),
+            prefix.source,
+        ]
         if prefix.num_pads:
             pad = self.x_embedder.proj.bias  # of an empty patch
             tokens.append(pad.expand(len(x_t), 1, -1))
@@ -330,6 +348,8 @@ class I1(nn.Module):
                 hidden, routing = block(hidden, caption, modulation, where, num_read)
             routings.append(routing)
         out = -self.final_layer(hidden, modulations.final).float()
+        if blocks is not None:
+            out = out[:, blocks.back]
         out = rearrange(
             out,
             "b (r k) (p q c) -> b c (r p) (k q)",
@@ -403,7 +423,14 @@ class I1(nn.Module):
         if pad is not None:
             bias = torch.zeros(num_patches + still, device=cos.device)
             bias[pad] = math.log(prefix.num_pads)
-        return Where((cos, sin), self.config.rope_dims[0], pad, bias, self.attention_backend)
+        return Where(
+            (cos, sin),
+            self.config.rope_dims[0],
+            pad,
+            bias,
+            prefix.blocks.at(0, 0) if prefix.blocks is not None else None,
+            self.attention_backend,
+        )
 
     def _patches(self, latents: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n p"]:
         p = self.config.patch_size

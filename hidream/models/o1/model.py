@@ -37,6 +37,7 @@ from hidream.models.o1.vision import VisionTokens, VisionTower
 from hidream.models.placement import Elsewhere
 from hidream.nn.attention import Backend, attention
 from hidream.nn.rope import Rope
+from hidream.nn.sparse import Blocks
 
 CONSTANT = 1.25  # of a fresh patch token, as a root mean square over its channels
 
@@ -56,6 +57,7 @@ class Prefix:
     `keys[layer][row]`, `values[layer][row]`: (a, kv_heads, head_dim) of a request's causal tokens.
     `references[row]`: (r, d), embedded patches. `ropes[row]`: angles of its generated tokens.
     `last[row]`: the last causal token's hidden state, from which an answer's first token is read.
+    `blocks`: with sparse attention, the order of the target's patches, in which their `ropes` are.
     """
 
     keys: tuple[tuple[Tensor, ...], ...]
@@ -63,6 +65,7 @@ class Prefix:
     references: tuple[Float[Tensor, "_ d"], ...]
     ropes: tuple[Rope, ...]
     last: Float[Tensor, "b d"]
+    blocks: Blocks | None = None
 
     def __len__(self) -> int:
         return len(self.last)
@@ -70,6 +73,8 @@ class Prefix:
     @staticmethod
     def join(prefixes: Sequence[Prefix]) -> Prefix:
         """All rows of several prefixes as one, in their order."""
+        if any(p.blocks != prefixes[0].blocks for p in prefixes):
+            raise ValueError("prefixes of different sizes or sparsities cannot be joined")
         keys, values = (
             tuple(
                 tuple(row for rows in layer for row in rows) for layer in zip(*parts, strict=True)
@@ -82,6 +87,7 @@ class Prefix:
             references=tuple(row for p in prefixes for row in p.references),
             ropes=tuple(row for p in prefixes for row in p.ropes),
             last=torch.cat([p.last for p in prefixes]),
+            blocks=prefixes[0].blocks,
         )
 
     def take(self, rows: Sequence[int]) -> Prefix:
@@ -92,6 +98,7 @@ class Prefix:
             references=tuple(self.references[row] for row in rows),
             ropes=tuple(self.ropes[row] for row in rows),
             last=self.last[list(rows)],
+            blocks=self.blocks,
         )
 
 
@@ -157,10 +164,16 @@ class O1(nn.Module):
         slots = torch.cat([r.image_slots for r in requests]).nonzero()[:, 0].to(hidden.device)
         return _place(hidden, slots, self.see(requests) if seen is None else seen)
 
-    def prefill(self, requests: Sequence[Tokens], seen: VisionTokens | None = None) -> Prefix:
+    def prefill(
+        self,
+        requests: Sequence[Tokens],
+        seen: VisionTokens | None = None,
+        sparsity: float = 0.0,
+    ) -> Prefix:
         """Keys and values of every request's causal tokens, embedded references, angles.
 
-        `seen` is what `see` gives for them, where that is known already.
+        `seen` is what `see` gives for them, where that is known already. `sparsity` is the share
+        of the target's own attention that steps skip: see `hidream.nn.sparse`.
         """
         uit, backend = self.model, self.attention_backend
         hidden, deepstack = self.embed_causal(requests, seen)
@@ -189,19 +202,30 @@ class O1(nn.Module):
             ropes=(),
             last=torch.stack([row[-1] for row in hidden.split(lengths)]),
         )
-        return self.with_generated(prefix, requests)
+        return self.with_generated(prefix, requests, sparsity)
 
-    def with_generated(self, prefix: Prefix, requests: Sequence[Tokens]) -> Prefix:
+    def with_generated(
+        self, prefix: Prefix, requests: Sequence[Tokens], sparsity: float = 0.0
+    ) -> Prefix:
         """The prefix with what the requests' generated tokens need: references and angles.
 
         The prefix may come from other requests, whose causal tokens were the same.
         """
         embed, rope = self.model.x_embedder, self.model.language_model.rope
-        requests = [tokens.to(prefix.last.device) for tokens in requests]
+        device = prefix.last.device
+        requests = [tokens.to(device) for tokens in requests]
+        positions = [r.position_ids[:, len(r.input_ids) :] for r in requests]
+        blocks = Blocks.of(requests[0].grid, sparsity, device=device)
+        if blocks is not None:
+            time, target, rest = 1, blocks.order, 1 + blocks.num_patches
+            positions = [
+                torch.cat([p[:, :time], p[:, time + target], p[:, rest:]], dim=1) for p in positions
+            ]
         return replace(
             prefix,
             references=tuple(embed(r.references.to(prefix.last)) for r in requests),
-            ropes=tuple(rope(r.position_ids[:, len(r.input_ids) :]) for r in requests),
+            ropes=tuple(map(rope, positions)),
+            blocks=blocks,
         )
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b vocab"]:
@@ -227,7 +251,9 @@ class O1(nn.Module):
         uit, backend, (b, n, _) = self.model, self.attention_backend, x_t.shape
         dtype = uit.x_embedder.proj1.weight.dtype
         time = uit.t_embedder1((1 - sigma).reshape(1).to(x_t.device))
-        targets = uit.x_embedder(x_t.to(dtype))
+        blocks = prefix.blocks
+        patches = x_t.to(dtype)
+        targets = uit.x_embedder(patches if blocks is None else patches[:, blocks.order])
         rows = [torch.cat([time, targets[i], prefix.references[i]]) for i in range(b)]
         lengths = [len(row) for row in rows]
 
@@ -238,7 +264,9 @@ class O1(nn.Module):
             ):
                 keys = torch.cat([prefix.keys[layer][i], k_i])
                 values = torch.cat([prefix.values[layer][i], v_i])
-                row = attention(q_i[None], keys[None], values[None], backend=backend)
+                first = len(keys) - len(k_i) + 1  # after the timestep
+                sparse = blocks.at(1, first) if blocks is not None else None
+                row = attention(q_i[None], keys[None], values[None], sparse=sparse, backend=backend)
                 out.append(row[0])
             return torch.cat(out)
 
@@ -251,7 +279,8 @@ class O1(nn.Module):
         rope = (torch.cat(cos), torch.cat(sin))
         hidden = uit.language_model(torch.cat(rows), rope, attend)
         targets = torch.stack([row[1 : 1 + n] for row in hidden.split(lengths)])
-        return uit.final_layer2(targets).float()
+        x0 = uit.final_layer2(targets).float()
+        return x0 if blocks is None else x0[:, blocks.back]
 
     def velocity(
         self,
