@@ -73,6 +73,7 @@ def attention_part(sides: Sides) -> Cases:
 
 
 def i1_part(sides: Sides) -> Cases:
+    torch.manual_seed(0)
     model = I1(I1_CONFIG).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
