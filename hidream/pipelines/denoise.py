@@ -89,9 +89,9 @@ def denoise_batch(
     """The pictures of `jobs`, whose `batch_key`s are equal.
 
     `on_step(step, num_steps, preview)` is called after each step (1 … num_steps); `preview()`
-    gives the pictures as the model expects them now. What it raises ends the work. `prefixes`
-    holds those of earlier batches. `cancel` is looked at before every layer of every call of the
-    network and after the last step; then Cancelled is raised.
+    gives the pictures as the model expects them then, whenever it is asked. What `on_step` raises
+    ends the work. `prefixes` holds those of earlier batches. `cancel` is looked at before every
+    layer of every call of the network and after the last step; then Cancelled is raised.
     """
     request = jobs[0].request
     patch_size, grid = model.config.patch_size, jobs[0].tokens.grid

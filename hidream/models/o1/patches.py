@@ -18,8 +18,9 @@ def to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
 
 def to_picture(pixels: Float[Tensor, "3 h w"]) -> Image.Image:
     """The nearest 8-bit RGB picture of values in [−1, 1]; what lies outside is clipped."""
-    levels = ((pixels.float().cpu() + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(rearrange(levels, "c h w -> h w c").numpy())
+    levels = (pixels.float().cpu() + 1).div_(2).mul_(255).round_().clamp_(0, 255)
+    channels = levels.to(torch.uint8).numpy()
+    return Image.merge("RGB", [Image.fromarray(channel) for channel in channels])
 
 
 def patchify(pixels: Float[Tensor, "*b c h w"], patch_size: int) -> Float[Tensor, "*b n p"]:
