@@ -31,6 +31,8 @@ _BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
+COMFY_PREFIX = "model.diffusion_model."
+TRANSFORMER = "HiDreamImageTransformer2DModel"  # the class that I1's published config names
 _AGAIN = "Download or copy the folder again."
 
 
@@ -48,13 +50,15 @@ class TensorInfo:
 @dataclass(frozen=True, kw_only=True)
 class Folder:
     """A model folder: its `config.json`, its `hidream.json` ({} without one), its tensors, and
-    how it says that pictures are prepared (`preprocessor_config.json`, {} without one)."""
+    how it says that pictures are prepared (`preprocessor_config.json`, {} without one). In the
+    files, `prefix` stands before the tensors' names."""
 
     path: Path
     config: Mapping[str, Any]
     settings: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
 
     @property
     def num_params(self) -> int:
@@ -73,8 +77,10 @@ class Folder:
         return tuple(sorted(weights | others))
 
 
-def open_folder(path: str | Path) -> Folder:
+def open_folder(path: str | Path, *, stem: str = "model") -> Folder:
     """Read a folder's configuration and the headers of its safetensors files.
+
+    These are `stem`.safetensors, or a numbered set of that name with an index.
 
     Raises:
         ModelError: the folder, its configuration or a shard is missing, a header is damaged, a
@@ -87,9 +93,9 @@ def open_folder(path: str | Path) -> Folder:
         what = "is a file" if path.exists() else "does not exist"
         raise ModelError(f"the model folder {path} {what}.", "Name a folder with a config.json.")
     config, settings = read_config(path)
-    index = path / "model.safetensors.index.json"
+    index = path / f"{stem}.safetensors.index.json"
     placed = _read_index(index) if index.exists() else None
-    files = sorted(set(placed.values())) if placed is not None else _weight_files(path)
+    files = sorted(set(placed.values())) if placed is not None else _weight_files(path, stem)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(file).items():
@@ -107,6 +113,36 @@ def open_folder(path: str | Path) -> Folder:
         tensors=tensors,
         preprocessor=_optional_json(path / "preprocessor_config.json"),
     )
+
+
+def open_file(path: str | Path) -> Folder:
+    """A single safetensors file as a folder without configuration.
+
+    ComfyUI's prefix is taken off the names that have it.
+
+    Raises:
+        ModelError: there is no such file, it is a pickle, or it is damaged.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in PICKLES:
+        raise _pickle(path)
+    if not path.is_file():
+        raise ModelError(f"the model file {path} does not exist.", "Check its path.")
+    found = read_header(path)
+    prefix = COMFY_PREFIX if any(name.startswith(COMFY_PREFIX) for name in found) else ""
+    tensors = {name.removeprefix(prefix): info for name, info in found.items()}
+    return Folder(path=path, config={}, settings={}, tensors=tensors, prefix=prefix)
+
+
+def transformer_folder(path: Path) -> Path | None:
+    """The folder of I1's or E1's transformer, which is `path` or its `transformer`; or None."""
+    for place in (path / "transformer", path):
+        try:
+            if _optional_json(place / "config.json").get("_class_name") == TRANSFORMER:
+                return place
+        except ModelError:  # of something else, which says more itself
+            continue
+    return None
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,27 +192,34 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def locate(
-    model: str | Path, *, variant: str | None = None, download: bool = False
+    model: str | Path, *, variant: str | None = None, download: bool = False, runs: bool = True
 ) -> tuple[Spec, Path]:
     """The Spec and the folder of a model that is given by name, hub id or folder.
 
-    A folder's `hidream.json` is laid over the Spec; `variant` ("full" or "dev") wins over both.
-    Names go before folders: write ./o1-nano for a folder of that name. With `download`, what is
-    not on this machine is fetched from the hub.
+    A folder's `hidream.json` is laid over the Spec; `variant` ("full", "dev" or "fast") wins over
+    both. Names go before folders: write ./o1-nano for a folder of that name. With `download`, what
+    is not on this machine is fetched from the hub. `runs` False also finds models that this
+    version can only describe.
 
     Raises:
-        UsageError: no such name or variant.
+        UsageError: no such name or variant, or (with `runs`) it cannot be run yet.
         ModelError: it is known but not on this machine, or could not be downloaded.
     """
     model = str(model)
-    if variant not in (None, "full", "dev"):
+    if variant not in (None, *registry.VARIANTS):
         raise UsageError(f'variant "{variant}" is unknown; it can be "full" or "dev".')
     spec = _known(model)
+    if spec is not None and runs:
+        registry.check_runs(spec)
     path = Path(model).expanduser()
     if spec is None and (path.exists() or _looks_like_path(model)):
         if not path.exists():
             raise ModelError(f"the model folder {model} does not exist.", "Check its path.")
-        return registry.of_folder(_settings(path), name=model, variant=variant), path
+        family = "i1" if transformer_folder(path) else "o1"
+        found = registry.of_folder(_settings(path), name=model, variant=variant, family=family)
+        if runs:
+            registry.check_runs(found)
+        return found, path
     if spec is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         registry.find(model)  # says which names there are
     if spec is not None and spec.repo is None:
@@ -256,20 +299,20 @@ def _optional_json(file: Path) -> dict[str, Any]:
     return _read_json(file) if file.is_file() else {}
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """`model.safetensors`, or all of a numbered set that has lost its index."""
-    files = sorted(path.glob("model*.safetensors"))
+def _weight_files(path: Path, stem: str) -> list[Path]:
+    """`stem`.safetensors, or all of a numbered set that has lost its index."""
+    files = sorted(path.glob(f"{stem}*.safetensors"))
     if not files:
         pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
         if pickles:
             raise _pickle(pickles[0])
-        raise ModelError(f"{path} holds no model.safetensors.", _AGAIN)
+        raise ModelError(f"{path} holds no {stem}.safetensors.", _AGAIN)
     for file in files:
-        numbered = re.fullmatch(r"model-(\d+)-of-(\d+)\.safetensors", file.name)
+        numbered = re.fullmatch(stem + r"-(\d+)-of-(\d+)\.safetensors", file.name)
         if numbered:
             width, count = len(numbered[2]), int(numbered[2])
             for number in range(1, count + 1):
-                name = f"model-{number:0{width}d}-of-{numbered[2]}.safetensors"
+                name = f"{stem}-{number:0{width}d}-of-{numbered[2]}.safetensors"
                 if not (path / name).is_file():
                     raise ModelError(f"shard {name} is missing from {path}.", _AGAIN)
     return files

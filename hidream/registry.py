@@ -12,7 +12,8 @@ from hidream.errors import ModelError, UsageError
 
 SAMPLERS = ("euler", "heun", "unipc", "flash")
 TASKS = ("text_to_image", "edit", "subject")
-Variant = Literal["full", "dev"]
+Variant = Literal["full", "dev", "fast"]
+VARIANTS = ("full", "dev", "fast")
 
 # Dev's published timesteps, out of 1000; the sampler appends the final 0.
 DEV_TIMESTEPS = (
@@ -47,7 +48,8 @@ class Spec:
     """One model: its name here, its home, and how requests to it are filled in.
 
     `repo` is the hub id, or None for the checkpoint that ships inside the package. `loader` is
-    "module:function", imported only when the model is loaded.
+    "module:function", imported only when the model is loaded; None: this version has its network,
+    but nothing around it that could run it.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Spec:
     defaults_by_task: Mapping[str, Defaults] = field(default_factory=lambda: MappingProxyType({}))
     licence: str
     description: str
-    loader: str
+    loader: str | None
 
     def defaults_for(self, task: str) -> Defaults:
         """The defaults of one of `TASKS`."""
@@ -83,6 +85,35 @@ _DEV_TASKS = MappingProxyType(
     {"edit": replace(_DEV, sampler="euler", noise_scale=8.0, noise_clip_std=None)}
 )
 _O1_LOADER = "hidream.models.o1.weights:load_o1"
+_I1 = Defaults(
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    shift=3.0,
+    sampler="unipc",
+    noise_scale=1.0,
+    width=1024,
+    height=1024,
+)
+_I1_DISTILLED = replace(_I1, guidance_scale=0.0, sampler="flash")
+_E1 = replace(_I1, num_inference_steps=28)
+
+
+def _latent(
+    name: str, repo: str, variant: Variant, defaults: Defaults, description: str, family: str = "i1"
+) -> Spec:
+    """One of those that draw latents: a picture's sides are whole patches of 2×2 latents."""
+    return Spec(
+        name=name,
+        repo=f"HiDream-ai/{repo}",
+        family=family,
+        variant=variant,
+        patch_size=16,
+        defaults=defaults,
+        licence="MIT",
+        description=description,
+        loader=None,
+    )
+
 
 SPECS: Mapping[str, Spec] = MappingProxyType(
     {
@@ -137,10 +168,43 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                 description="HiDream-O1-Image-Dev, edition of April 2026",
                 loader=_O1_LOADER,
             ),
+            _latent(
+                *("i1-full", "HiDream-I1-Full", "full", _I1),
+                "HiDream-I1, 17B mixture of experts, 50 guided steps; cannot draw yet",
+            ),
+            _latent(
+                *("i1-dev", "HiDream-I1-Dev", "dev"),
+                replace(_I1_DISTILLED, num_inference_steps=28, shift=6.0),
+                "HiDream-I1, distilled to 28 steps without guidance; cannot draw yet",
+            ),
+            _latent(
+                *("i1-fast", "HiDream-I1-Fast", "fast"),
+                replace(_I1_DISTILLED, num_inference_steps=16),
+                "HiDream-I1, distilled to 16 steps without guidance; cannot draw yet",
+            ),
+            _latent(
+                *("e1-full", "HiDream-E1-Full", "full", replace(_E1, width=768, height=768)),
+                "HiDream-E1, I1's network tuned to edit; cannot draw yet",
+                family="e1",
+            ),
+            _latent(
+                *("e1-1", "HiDream-E1-1", "full", replace(_E1, guidance_scale=3.0)),
+                "HiDream-E1.1, edits at about one megapixel; cannot draw yet",
+                family="e1",
+            ),
         )
     }
 )
 DEFAULT_MODEL = "o1-nano"
+# What a folder's settings are laid over, where the folder says no more than family and variant.
+_PUBLISHED = {
+    ("o1", "full"): "o1",
+    ("o1", "dev"): "o1-dev",
+    ("i1", "full"): "i1-full",
+    ("i1", "dev"): "i1-dev",
+    ("i1", "fast"): "i1-fast",
+    ("e1", "full"): "e1-full",
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -173,15 +237,25 @@ def find(name: str) -> Spec:
     raise UsageError(f'unknown model "{name}"; {hint}', "A model is a name, a hub id or a folder.")
 
 
+def check_runs(spec: Spec) -> None:
+    """UsageError for a model that this version can only describe."""
+    if spec.loader is None:
+        raise UsageError(
+            f"{spec.name} cannot draw yet: hidream has its network, but not its text encoders.",
+            f"Use an O1 model, such as {DEFAULT_MODEL}.",
+        )
+
+
 def of_folder(
     settings: Mapping[str, Any],
     *,
     name: str | None = None,
     base: Spec | None = None,
     variant: str | None = None,
+    family: str = "o1",
 ) -> Spec:
-    """The Spec of a model folder: `base` (or the published model of its variant) with the
-    folder's own `hidream.json` on top.
+    """The Spec of a model folder: `base` (or the published model of its family and variant) with
+    the folder's own `hidream.json` on top.
 
     `settings` may hold `name`, `variant`, `patch_size`, any field of `Defaults`, and under
     `tasks` the same per task; other keys belong to the model. `variant` wins over the file, and
@@ -191,10 +265,12 @@ def of_folder(
         ModelError: a value of the wrong kind.
     """
     chosen = variant or settings.get("variant") or (base.variant if base else "full")
-    if chosen not in ("full", "dev"):
-        raise ModelError(f'hidream.json: variant is "{chosen}"; it can be "full" or "dev".')
+    family = base.family if base else family
+    variants = [v for f, v in _PUBLISHED if f == family]
+    if chosen not in variants:
+        raise ModelError(f'hidream.json: variant is "{chosen}"; it can be {" or ".join(variants)}.')
     if base is None or base.variant != chosen:
-        base = replace(SPECS["o1-dev" if chosen == "dev" else "o1"], repo=None, description="")
+        base = replace(SPECS[_PUBLISHED[family, chosen]], repo=None, description="")
     patch_size = settings.get("patch_size", base.patch_size)
     if not isinstance(patch_size, int) or patch_size < 1:
         raise ModelError(f"hidream.json: patch_size={patch_size!r} is not a positive number.")

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import hidream
 from hidream.bench.cases import TEXT_TO_IMAGE, WITH_REFERENCES, Case, branches_of
@@ -44,8 +46,9 @@ def time_case(
     """Milliseconds of a guided step and of a picture of `num_steps`, for every way.
 
     The ways take turns in every round, so that a busy machine slows them alike; figures are
-    medians over rounds, ratios medians of the rounds' ratios. `max_difference` is the largest
-    difference of any way's clean patches from ours.
+    medians over rounds, ratios medians of the rounds' ratios. `arithmetic` is the lead that we had
+    if time went by the products of matrices alone. `max_difference` is the largest difference of
+    any way's clean patches from ours.
     """
     device = next(model.parameters()).device
     branches = [tokens.to(device) for tokens in branches_of(case, tokenizer, model.config)]
@@ -55,9 +58,11 @@ def time_case(
     sigma = torch.tensor(0.7)
     ways: dict[str, Way] = {name: way(model) for name, way in WAYS.items()}
     clean: dict[str, Tensor] = {}
+    flops: dict[str, int] = {}
     for name, way in ways.items():  # also the warm-up
-        way.begin(branches)
-        clean[name] = way.step(x_t, sigma)
+        begin, _ = _flops(partial(way.begin, branches))
+        step, clean[name] = _flops(partial(way.step, x_t, sigma))
+        flops[name] = begin + num_steps * step
     begun: dict[str, list[float]] = {name: [] for name in ways}
     stepped: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
@@ -82,6 +87,7 @@ def time_case(
         "ours_faster": {
             name: round(_ratio(pictures[name], pictures["ours"]), 3) for name in others
         },
+        "arithmetic": {name: round(flops[name] / flops["ours"], 3) for name in others},
         "max_difference": {
             name: float((clean[name] - clean["ours"]).abs().max()) for name in others
         },
@@ -97,18 +103,13 @@ def run(
     cases: Sequence[Case] = (*TEXT_TO_IMAGE, *WITH_REFERENCES),
     on_progress: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every case, and the geometric mean of our lead over each other way by task."""
+    """Every case, and by task the geometric means of our lead over each other way."""
     rows = []
     for number, case in enumerate(cases, 1):
         on_progress(f"case {number}/{len(cases)}: {case.name}")
         rows.append(time_case(model, tokenizer, case, num_steps=num_steps, rounds=rounds))
-    means: dict[str, dict[str, float]] = {}
-    for task in sorted({row["case"].split("_")[0] for row in rows}):
-        of_task = [row["ours_faster"] for row in rows if row["case"].startswith(task)]
-        means[task] = {
-            other: round(geometric_mean(row[other] for row in of_task), 3) for other in of_task[0]
-        }
-    return {"steps": num_steps, "rounds": rounds, "cases": rows, "ours_faster": means}
+    means = {figure: _means(rows, figure) for figure in ("ours_faster", "arithmetic")}
+    return {"steps": num_steps, "rounds": rounds, "cases": rows} | means
 
 
 def cold_start(model: str, device: str) -> dict[str, float]:
@@ -140,6 +141,31 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def _means(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, dict[str, float]]:
+    """Geometric means over each task's cases, for every other way."""
+    means: dict[str, dict[str, float]] = {}
+    for task in sorted({row["case"].split("_")[0] for row in rows}):
+        of_task = [row[figure] for row in rows if row["case"].startswith(task)]
+        means[task] = {
+            other: round(geometric_mean(row[other] for row in of_task), 3) for other in of_task[0]
+        }
+    return means
+
+
+def _flops(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Floating-point operations of the products of matrices in `work`, and what it returns."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not counted by itself
+    counting = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+    with counting:
+        result = work()
+    return counting.get_total_flops(), result
+
+
+def _attention_flops(q: Sequence[int], k: Sequence[int], *_: object, **__: object) -> int:
+    """Two products for queries and keys of these shapes, (..., tokens, head_dim)."""
+    return 4 * prod(q) * k[-2]
 
 
 def _turned(names: list[str], by: int) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import platform
 from typing import TYPE_CHECKING
 
 from hidream.cli import console
@@ -10,6 +12,8 @@ from hidream.memory import find_policy
 
 if TYPE_CHECKING:
     from hidream.pipelines import Pipeline
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def check_memory(arguments: argparse.Namespace) -> None:
@@ -22,6 +26,7 @@ def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = 
     from hidream.pipelines import load
 
     console.say(f"loading {name or model}")
+    keep_freed_memory()
     return load(
         model,
         device=arguments.device,
@@ -29,3 +34,15 @@ def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = 
         memory=arguments.memory,
         variant=arguments.variant,
     )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, up to 256 MiB, in blocks up to 32 MiB.
+
+    By itself it may give them back each time, and the next step waits for the system to clear
+    every page again: on a CPU our step then takes up to 1.5 times as long.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)

@@ -11,9 +11,10 @@ from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json
 from hidream.errors import ModelError, UsageError
 from hidream.folder import fetch, locate, read_config
-from hidream.registry import SPECS, Spec, find, nearest
+from hidream.registry import SPECS, VARIANTS, Spec, find, nearest
 
 if TYPE_CHECKING:
+    from hidream.models.i1.config import I1Config
     from hidream.models.o1.config import O1Config
 
 HELP = """\
@@ -74,15 +75,13 @@ def _list(argv: list[str]) -> int:
 def _info(argv: list[str]) -> int:
     parser = Parser("models info", "A model's sizes, defaults and licence.")
     parser.add_argument("model", metavar="NAME_OR_FOLDER")
-    parser.add_argument("--variant", choices=("full", "dev"))
+    parser.add_argument("--variant", choices=VARIANTS)
     parser.add_argument("--tensors", action="store_true", help="every tensor's name and shape")
     add_json(parser)
     arguments = parser.parse(argv)
     spec, folder, config = _described(arguments.model, arguments.variant)
 
-    from hidream.models.o1.weights import shapes_of
-
-    shapes = shapes_of(config)
+    shapes = _shapes(config)
     if arguments.tensors:
         if arguments.json:
             console.show_compact({"tensors": shapes})
@@ -122,15 +121,20 @@ def _verify(argv: list[str]) -> int:
     parser.add_argument("model", metavar="NAME_OR_FOLDER")
     add_json(parser)
     arguments = parser.parse(argv)
-    _, path = locate(arguments.model)
+    spec, path = locate(arguments.model, runs=False)
 
     from safetensors import safe_open
 
-    from hidream.models.o1.tokens import Tokenizer
-    from hidream.models.o1.weights import verify_folder
+    if spec.family == "o1":
+        from hidream.models.o1.tokens import Tokenizer
+        from hidream.models.o1.weights import verify_folder
 
-    folder = verify_folder(path)
-    Tokenizer(path)
+        folder = verify_folder(path)
+        Tokenizer(path)
+    else:
+        from hidream.models.i1.weights import verify_i1
+
+        folder = verify_i1(path)
     files = sorted({info.file for info in folder.tensors.values()})
     num_bytes = 0
     for number, file in enumerate(files, 1):
@@ -172,7 +176,7 @@ def _pull(argv: list[str]) -> int:
     else:
         repo = find(arguments.model).repo
     if repo is None:
-        path = locate(arguments.model)[1]
+        path = locate(arguments.model, runs=False)[1]
         console.say(f"{arguments.model} ships with hidream; there is nothing to download.")
     else:
         console.say(f"downloading {repo}")
@@ -184,26 +188,42 @@ def _pull(argv: list[str]) -> int:
     return 0
 
 
-def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Config]:
+def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Config | I1Config]:
     """Spec, folder and configuration; for a published model that is not here, its named size."""
-    from hidream.models.o1.config import SIZES, O1Config
+    from hidream.models.i1 import config as i1
+    from hidream.models.o1 import config as o1
 
-    if model in SIZES and model not in SPECS:
-        size = SIZES[model]
-        return find("o1"), None, size
+    if model not in SPECS and model in o1.SIZES:
+        return find("o1"), None, o1.SIZES[model]
+    if model not in SPECS and model in i1.SIZES:
+        return find("i1-full"), None, i1.SIZES[model]
     try:
-        spec, path = locate(model, variant=variant)
+        spec, path = locate(model, variant=variant, runs=False)
     except ModelError:
         known = [s for s in SPECS.values() if model.lower() in (s.name, (s.repo or "").lower())]
         if not known:
             raise
-        return known[0], None, SIZES.get(known[0].name, SIZES["o1-8b"])
-    return spec, path, O1Config.from_dict(*read_config(path))
+        name = known[0].name
+        return known[0], None, i1.SIZES.get(name) or o1.SIZES.get(name, o1.O1_8B)
+    if spec.family != "o1":
+        from hidream.folder import transformer_folder
+
+        config, _ = read_config(transformer_folder(path) or path)
+        return spec, path, i1.I1Config.from_dict(config)
+    return spec, path, o1.O1Config.from_dict(*read_config(path))
+
+
+def _shapes(config: O1Config | I1Config) -> dict[str, list[int]]:
+    from hidream.models.i1 import weights as i1
+    from hidream.models.o1 import weights as o1
+    from hidream.models.o1.config import O1Config
+
+    return o1.shapes_of(config) if isinstance(config, O1Config) else i1.shapes_of(config)
 
 
 def _here(name: str) -> Path | None:
     try:
-        return locate(name)[1]
+        return locate(name, runs=False)[1]
     except ModelError:
         return None
 

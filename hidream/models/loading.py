@@ -85,7 +85,7 @@ def load_weights(
     for file in sorted({folder.tensors[name].file for name in names}):
         with safe_open(file, framework="pt", device=str(device)) as shard:
             for name in [n for n in names if folder.tensors[n].file == file]:
-                tensor = shard.get_tensor(name).to(dtype)
+                tensor = shard.get_tensor(folder.prefix + name).to(dtype)
                 _check_finite(name, tensor, file)
                 tensors[name] = change(name, tensor)
     for name, earlier in tied_names(module).items():
@@ -118,7 +118,7 @@ class Reader:
         key = (file, str(device))
         if key not in self._opened:
             self._opened[key] = safe_open(file, framework="pt", device=str(device))
-        tensor = self._opened[key].get_tensor(name)
+        tensor = self._opened[key].get_tensor(self.folder.prefix + name)
         tensor = tensor if dtype is None else tensor.to(dtype)
         if name not in self._finite:
             _check_finite(name, tensor, file)

@@ -89,6 +89,7 @@ def load(
     chosen_device = find_device(device)
     chosen_dtype = find_dtype(dtype, chosen_device)
     spec, folder = locate(str(model), variant=variant)
+    assert spec.loader is not None  # locate refuses the others
     module, function = spec.loader.split(":")
     load_weights = getattr(import_module(module), function)
     with told_when_full(chosen_device, policy, "the model's weights"):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
-
-TASKS = ("text_to_image", "edit", "subject", "language", "understanding")
+from hidream.world.tasks import TASKS
+from hidream.world.text_to_image import PLANS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Stage:
     `size` is the side of the square picture in pixels; `batch_size` counts the samples of one step
     over all processes. The rate climbs over the first `warmup` steps from where the stage before
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
+    `tasks` weights the tasks, `categories` those of text_to_image (none: the world's own mix).
     """
 
     size: int
@@ -30,6 +31,7 @@ class Stage:
     batch_size: int
     learning_rate: float
     tasks: dict[str, float]
+    categories: dict[str, float] = field(default_factory=dict)
     warmup: int = 0
     decay: int = 0
     final_rate: float = 0.0
@@ -40,14 +42,16 @@ class Objective:
     """What is minimised, and how the noise level is drawn. `t = 1 - sigma` (1 is data).
 
     t = sigmoid(t_mean + t_std * n) with n standard normal, stratified over the step's batch.
-    `delta` bounds the weight 1/sigma^2 from above; `lm_weight` scales the cross-entropy of answers
-    and `caption_weight` that of the captions inside picture samples.
+    `delta` bounds the weight 1/sigma^2 from above; `t_power` weights an error by t^t_power besides
+    (see `losses.picture_loss`), and so makes it smaller beside those of text; `lm_weight` scales
+    the cross-entropy of answers and `caption_weight` that of the captions inside picture samples.
     """
 
     noise_scale: float = 1.0
     t_mean: float = -0.8
     t_std: float = 0.8
     delta: float = 0.05
+    t_power: float = 0.0
     caption_dropout: float = 0.1
     reference_dropout: float = 0.02
     lm_weight: float = 0.1
@@ -275,12 +279,18 @@ def _check(recipe: Recipe) -> None:
             min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
             f"{where}: warmup + decay must fit into its {stage.steps} steps.",
         )
-        for task, weight in stage.tasks.items():
-            if task not in TASKS:
-                near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-                raise UsageError(f'unknown task "{where}.tasks.{task}"; did you mean "{near}"?')
-            require(weight >= 0, f"{where}.tasks.{task} = {weight} must not be negative.")
-        require(sum(stage.tasks.values()) > 0, f"{where}.tasks names no task with a weight.")
+        for table, known in (("tasks", TASKS), ("categories", tuple(PLANS))):
+            weights = getattr(stage, table)
+            for key, weight in weights.items():
+                if key not in known:
+                    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                    raise UsageError(f'unknown key "{where}.{table}.{key}"; did you mean "{near}"?')
+                require(weight >= 0, f"{where}.{table}.{key} = {weight} must not be negative.")
+            required = table == "tasks" or weights
+            require(
+                not required or sum(weights.values()) > 0,
+                f"{where}.{table} names nothing with a weight.",
+            )
 
 
 def _join(where: str, key: str) -> str:

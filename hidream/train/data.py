@@ -44,6 +44,7 @@ class Stream(IntEnum):
     LEVEL = 1
     DROPOUT = 2
     NOISE = 3
+    CATEGORY = 4
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,14 @@ def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
 def task_of(recipe: Recipe, step: int) -> str:
     """The task of all samples of a step, drawn by the stage's weights."""
     number, _ = recipe.locate(step)
-    names, weights = zip(*sorted(recipe.stages[number].tasks.items()), strict=True)
-    shares = np.cumsum(weights) / sum(weights)
-    draw = generator(recipe.seed, Stream.TASK, step).random()
-    return str(names[int(np.searchsorted(shares, draw, side="right"))])
+    return _weighted(recipe.stages[number].tasks, generator(recipe.seed, Stream.TASK, step))
+
+
+def _weighted(weights: dict[str, float], dice: np.random.Generator) -> str:
+    """A key, drawn by its weight; the order of the keys does not matter."""
+    names, values = zip(*sorted(weights.items()), strict=True)
+    shares = np.cumsum(values) / sum(values)
+    return str(names[int(np.searchsorted(shares, dice.random(), side="right"))])
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,10 @@ def make_batch(
     stage, task = recipe.stages[number], task_of(recipe, step)
     first = recipe.first_sample(step)
     places = range(rank, stage.batch_size, world)
-    leader, redrawn = _draw(recipe, tokenizer, task, first, None)
+    leader, redrawn = _draw(recipe, tokenizer, stage, task, first, None)
     shape = _shape_of(recipe, tokenizer, task, leader)
     assert shape is not None
-    samples = [_draw(recipe, tokenizer, task, first + place, shape)[0] for place in places]
+    samples = [_draw(recipe, tokenizer, stage, task, first + place, shape)[0] for place in places]
     encoded = [
         encode_sample(recipe, config, tokenizer, stage, sample, first + place)
         for sample, place in zip(samples, places, strict=True)
@@ -196,13 +201,22 @@ def _prepare(config: O1Config, size: int, pictures: list[Image.Image]) -> list[I
 
 
 def _draw(
-    recipe: Recipe, tokenizer: Tokenizer, task: str, index: int, shape: Shape | None
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    stage: Stage,
+    task: str,
+    index: int,
+    shape: Shape | None,
 ) -> tuple[Sample, int]:
     """Sample `index`, or its first replacement that has `shape` (any, if None), and how many of
     those before it were too long for every bucket."""
     too_long = 0
     for draw in range(MAX_DRAWS):
-        sample = tasks.sample(task, recipe.seed, index + draw * REDRAW)
+        place = index + draw * REDRAW
+        category = None
+        if task == "text_to_image" and stage.categories:
+            category = _weighted(stage.categories, generator(recipe.seed, Stream.CATEGORY, place))
+        sample = tasks.sample(task, recipe.seed, place, category=category)
         if shape is not None:
             if shape.holds(_num_words(tokenizer, sample), _num_pictures(sample)):
                 return sample, too_long

@@ -166,7 +166,9 @@ def compute_losses(recipe: Recipe, model: O1, batch: TrainBatch, labels: Pending
         else:
             prediction = model(batch.batch)
     if batch.picture:
-        loss = picture_loss(prediction.x0, batch.x0, batch.sigma, objective.delta)
+        loss = picture_loss(
+            prediction.x0, batch.x0, batch.sigma, objective.delta, objective.t_power
+        )
         parts[f"loss_{batch.task}"] = loss.detach()
         total = total + loss
     weight = objective.caption_weight if batch.picture else objective.lm_weight

@@ -24,13 +24,18 @@ def picture_loss(
     x0: Float[Tensor, "b n p"],
     sigma: Float[Tensor, " b"],
     delta: float,
+    t_power: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Mean over samples, target patches and values of w (x0_predicted - x0)^2, in fp32.
+    """Mean over samples, target patches and values of w t^t_power (x0_predicted - x0)^2, in fp32.
 
-    Equals the mean squared error of the velocity for sigma >= delta. References have no part in it.
+    With `t_power` 0 it equals the mean squared error of the velocity for sigma >= delta. In much
+    noise most of that error cannot be foretold and falls about as 1/t^2: its gradients, as long as
+    its root, drown those of less noise. 1 makes them about equally long. References have no part
+    in it.
     """
     error = (predicted.float() - x0.float()).square().mean(dim=(1, 2))  # (b,)
-    return (velocity_weight(sigma.float(), delta) * error).mean()
+    weight = velocity_weight(sigma.float(), delta) * (1 - sigma.float()).pow(t_power)
+    return (weight * error).mean()
 
 
 def text_loss(

@@ -301,7 +301,8 @@ def test_what_cannot_fit_is_exit_5(hidream, monkeypatch):
 def test_models(hidream, tiny_folder):
     code, out, _ = hidream("models", "list", "--json", model=False)
     names = [row["name"] for row in json.loads(out)["models"]]
-    assert names == ["o1-nano", "o1", "o1-dev", "o1-dev-2604"]
+    latent = ["i1-full", "i1-dev", "i1-fast", "e1-full", "e1-1"]
+    assert names == ["o1-nano", "o1", "o1-dev", "o1-dev-2604", *latent]
     code, out, _ = hidream("models", "info", tiny_folder, "--tensors", "--json", model=False)
     tensors = json.loads(out)["tensors"]
     assert tensors["model.final_layer2.linear.weight"] == [768, 64]

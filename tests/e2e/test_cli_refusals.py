@@ -56,6 +56,8 @@ FLAGS = [
     (["generate", "x", "--size", "8000x8000"], 2, ["million pixels"]),
     (["generate", "x", "--size", "100x128"], 2, ["width=100", "multiple of 16", "96 and 112"]),
     (["generate", "x", "--size", "1000x1024", "-m", "o1"], 2, ["992 and 1024"]),
+    (["generate", "x", "-m", "i1-full"], 2, ["i1-full cannot draw yet", "o1-nano"]),
+    (["edit", "x.png", "y", "-m", "HiDream-ai/HiDream-E1-1", "--dry-run"], 2, ["e1-1 cannot draw"]),
     (["generate", "x", "--snap", "down"], 2, ["--snap"]),
     (["generate", "x", "--steps", "0"], 2, ["num_inference_steps=0", "1 … 1000"]),
     (["generate", "x", "--steps", "1001"], 2, ["1001", "1 … 1000"]),

@@ -1,37 +1,19 @@
 """Everything that docs/many.md shows is run, as it stands there."""
 
-import re
-import shlex
-from pathlib import Path
-
 import pytest
 from PIL import Image
 
-from hidream.cli import main
 from hidream.models.o1.config import O1_8B, O1_NANO
 from hidream.pictures import read_metadata
+from tests.pages import ROOT, Page
 
-PAGE = (Path(__file__).parents[2] / "docs" / "many.md").read_text()
-
-
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE, flags=re.S)
+PAGE = Page(ROOT / "docs" / "many.md")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder with the page's prompt files, whose first lines are their names."""
+def test_the_commands_and_the_python_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for text in blocks("text"):
-        Path(text.split()[1]).write_text(text)
-    return tmp_path
-
-
-def test_the_commands(folder, capsys):
-    printed = []
-    for line in blocks("console")[0].splitlines():
-        assert main(shlex.split(line)[2:]) == 0, capsys.readouterr().err
-        printed.append(capsys.readouterr().out.split())
+    *drawn, example = PAGE.run(tmp_path)
+    printed = [one.out.split() for one in drawn]
     assert sorted(printed[0]) == [f"pictures/{i}.png" for i in range(4)]
     assert printed[1] == ["changed-0.png", "changed-1.png"]
     assert Image.open("pictures/3.png").size == (64, 64)
@@ -39,12 +21,7 @@ def test_the_commands(folder, capsys):
     assert seeds == [7, 3, 4, 7]
     references = [read_metadata(path)["request"]["references"] for path in printed[1]]
     assert references == [["pictures/0.png"], ["pictures/1.png"]]
-
-
-def test_the_python_example(folder, capsys):
-    (example,) = blocks("python")
-    exec(compile(example, "docs/many.md", "exec"), {})
-    assert capsys.readouterr().out == "10 3 0\n2\nthe call was cancelled.\n"
+    assert example.out == "10 3 0\n2\nthe call was cancelled.\n"
 
 
 @pytest.mark.parametrize(("config", "width", "size"), [(O1_NANO, 4, 0.4), (O1_8B, 2, 3.7)])

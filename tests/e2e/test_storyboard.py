@@ -2,8 +2,6 @@
 
 import io
 import json
-import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -11,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import hidream as library
 from hidream.pictures import read_metadata
 from tests import tiny
+from tests.pages import ROOT, Page
 
-ROOT = Path(__file__).parents[2]
 FEW = ["--steps", "1", "--seed", "3"]
 
 
@@ -165,36 +164,13 @@ def test_the_seam_check(hidream):
 # -- the pages -------------------------------------------------------------------------------------
 
 
-def page(name):
-    return (ROOT / "docs" / name).read_text()
-
-
-def shown(text, language):
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
-
-
 @pytest.mark.parametrize("name", ["storyboard.md", "editing.md"])
-def test_every_command_of_a_page_runs(name, hidream, monkeypatch):
-    """In their order, on the files that the page shows, with few steps."""
-    text = page(name)
-    for file, content in re.findall(r"`([\w.-]+)`:\n\n```\w+\n(.*?)```", text, flags=re.S):
-        Path(file).write_text(content)
-    tiny.picture(0, 90, 64).save("photo.png")
-    commands = [line[2:] for block in shown(text, "console") for line in block.splitlines()]
-    assert commands
-    for command in commands:
-        program, verb, *arguments = shlex.split(command, comments=True)
-        assert program == "hidream"
-        few = ["--steps", 1, "--overwrite"] if verb != "info" else []
-        code, _, err = hidream(verb, *arguments, *few, model=False)
-        assert code == 0, (command, err)
-
-
-def test_the_python_example_runs(hidream, tiny_folder, monkeypatch):
-    import hidream as library
-
+def test_a_page_runs(name, tmp_path, tiny_folder, monkeypatch):
+    """Its commands with few steps, its Python with a tiny model."""
     load = library.load
     monkeypatch.setattr(library, "load", lambda name: load(tiny_folder))
-    (example,) = shown(page("storyboard.md"), "python")
-    exec(compile(example, "storyboard.md", "exec"), {})
-    assert Path("panel-1.png").is_file()
+    tiny.picture(0, 90, 64).save(tmp_path / "photo.png")
+    page = Page(ROOT / "docs" / name)
+    ran = page.run(tmp_path, more=["--steps", 1, "--overwrite"])
+    assert {one.command for one in ran} >= set(page.commands)
+    assert (tmp_path / "panel-1.png").is_file() == (name == "storyboard.md")

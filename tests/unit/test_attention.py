@@ -54,6 +54,15 @@ def test_masks(backend, shape):
     assert (attention(q, k, v, mask=mask, backend=backend) - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_with_a_log_count_stands_for_many(backend):
+    q, k, v = heads()
+    many = [torch.cat([t, t[:, 2:3].expand(-1, 4, -1, -1)], dim=1) for t in (k, v)]
+    bias = torch.tensor([0, 0, math.log(5), 0, 0, 0, 0])
+    collapsed = attention(q, k, v, bias=bias, backend=backend)
+    assert (collapsed - attention(q, *many)).abs().max() < 1e-6
+
+
 def test_backends_have_the_same_gradients():
     grads = []
     for backend in ("sdpa", "math"):
@@ -76,7 +85,7 @@ def test_dtype_stays(backend):
 @pytest.mark.usefixtures("unchecked")
 def test_refused():
     q, k, v = heads(l=7)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="one of mask, bias and causal"):
         attention(q, k, v, mask=torch.ones(1, 7, 7, dtype=torch.bool), causal=True)
     with pytest.raises(ValueError, match="auto, sdpa or math"):
         attention(q, k, v, backend="flash")

@@ -53,6 +53,7 @@ def test_figures_of_a_run(tiny_model, tokenizer):
             assert row["step_ms"][name] > 0
             assert row["picture_ms"][name] >= row["begin_ms"][name]
         assert row["max_difference"]["plain"] < 1e-4
+        assert 1 < row["arithmetic"]["plain"] < row["arithmetic"]["two_pass"]
     assert len(said) == 2
     assert timing.machine()["cpu"]
 
@@ -62,12 +63,14 @@ def test_means_are_geometric_and_by_task(monkeypatch):
 
     def timed(model, tokenizer, case, **options):
         lead = next(leads)
-        return {"case": case.name, "ours_faster": {"plain": lead, "two_pass": 1.0}}
+        leads_of = {"plain": lead, "two_pass": 1.0}
+        return {"case": case.name, "ours_faster": leads_of, "arithmetic": leads_of}
 
     monkeypatch.setattr(timing, "time_case", timed)
     cases = [Case(side=2, num_text=30), Case(side=3, num_text=30)]
     cases.append(replace(cases[0], num_references=10))
     result = timing.run(None, None, cases=cases)
+    assert result["ours_faster"] == result["arithmetic"]
     assert result["ours_faster"] == {
         "text": {"plain": 4.0, "two_pass": 1.0},
         "subject": {"plain": 3.0, "two_pass": 1.0},

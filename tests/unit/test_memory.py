@@ -396,7 +396,6 @@ def test_a_rounded_picture_is_made_again_rounded(tiny_folder, rounding, tmp_path
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_torchao(tiny_folder, name):
     """The error of torchao's 8 bits against bf16: of the pixels, 8-bit levels."""
-    pytest.importorskip("torchao", reason="torchao is not installed (the quant extra)")
     whole, rounded = (
         load(tiny_folder, device="cpu", dtype="bf16", memory=policy) for policy in ("auto", name)
     )

@@ -47,6 +47,13 @@ def test_a_folders_settings_win_over_the_published_ones():
     assert registry.of_folder({"variant": "dev"}, variant="full").defaults.sampler == "unipc"
 
 
+def test_a_folder_is_laid_over_its_own_family():
+    fast = registry.of_folder({"shift": 2.0}, variant="fast", family="i1")
+    assert (fast.family, fast.defaults.num_inference_steps, fast.defaults.shift) == ("i1", 16, 2.0)
+    with pytest.raises(ModelError, match='variant is "fast"; it can be full or dev'):
+        registry.of_folder({"variant": "fast"})
+
+
 @pytest.mark.parametrize(
     "settings",
     [

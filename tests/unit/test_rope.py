@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hidream.nn.rope import cos_sin, interleaved_mrope, inverse_frequencies, rotate
+from hidream.nn.rope import (
+    axial_angles,
+    cos_sin,
+    interleaved_mrope,
+    inverse_frequencies,
+    rotate,
+    rotate_pairs,
+)
 
 HEAD_DIM, THETA, SECTIONS = 32, 5e6, (6, 5, 5)
 
@@ -95,3 +102,29 @@ def test_half_precision_is_turned_in_fp32():
     turned = rotate(x, rope_at(4100, 4101, 4102))
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotate(x.float(), rope_at(4100, 4101, 4102)).bfloat16())
+
+
+def test_neighbouring_pairs_by_hand():
+    """(x_i, x_{i+1}) turns by position · theta^(−2i/dim) of its axis; what is outside stays."""
+    rope = axial_angles(torch.tensor([[3], [2]]), (4, 2), 100.0)
+    turned = rotate_pairs(torch.tensor([[[5.0, 6, 1, 0, 0, 2, 3, 0, 7]]]), rope, first=2)[0, 0]
+    angles = torch.tensor([3.0, 0.3, 2.0])
+    expected = torch.tensor([5.0, 6, 0, 0, 0, 0, 0, 0, 7])
+    expected[2:4] = torch.stack([angles[0].cos(), angles[0].sin()])
+    expected[4:6] = 2 * torch.stack([-angles[1].sin(), angles[1].cos()])
+    expected[6:8] = 3 * torch.stack([angles[2].cos(), angles[2].sin()])
+    torch.testing.assert_close(turned, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbouring_pairs_every_way(dtype, monkeypatch):
+    """As complex numbers, as traced, and in place: the same, and only where it was said to be."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 16, generator=generator).to(dtype)
+    before = x.clone()
+    rope = axial_angles(torch.arange(10).view(2, 5), (6, 4), 100.0)
+    turned = rotate_pairs(x, rope, first=4)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(rotate_pairs(x.clone(), rope, first=4, overwrite=True), turned)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate_pairs(x, rope, first=4), turned)

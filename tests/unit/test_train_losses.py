@@ -31,6 +31,13 @@ def test_picture_loss_is_the_mean_squared_error_of_the_velocity(draws, noise_sca
     assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_errors_of_much_noise_weigh_less_with_a_power_of_t(draws):
+    x0, _, predicted, sigma = draws
+    parts = [picture_loss(predicted[i, None], x0[i, None], sigma[i, None], DELTA) for i in range(6)]
+    expected = (torch.stack(parts) * (1 - sigma) ** 2).mean()
+    torch.testing.assert_close(picture_loss(predicted, x0, sigma, DELTA, 2.0), expected)
+
+
 def test_the_weight_is_bounded_near_data():
     weight = velocity_weight(torch.tensor([0.0, 0.01, DELTA, 0.5]), DELTA)
     torch.testing.assert_close(weight, torch.tensor([400.0, 400.0, 400.0, 4.0]))
