@@ -7,7 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ _BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
+TRANSFORMER_STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 COMFY_PREFIX = "model.diffusion_model."
 TRANSFORMER = "HiDreamImageTransformer2DModel"  # the class that I1's published config names
+LATENT_AREA = 64  # pixels of a picture that one of its latents stands for
 _AGAIN = "Download or copy the folder again."
 
 
@@ -51,7 +53,8 @@ class TensorInfo:
 class Folder:
     """A model folder: its `config.json`, its `hidream.json` ({} without one), its tensors, and
     how it says that pictures are prepared (`preprocessor_config.json`, {} without one). In the
-    files, `prefix` stands before the tensors' names."""
+    files, `prefix` stands before the tensors' names. `components`: the files of what stands beside
+    the network in a repository of I1 or E1: text encoders, tokenizers, VAE."""
 
     path: Path
     config: Mapping[str, Any]
@@ -59,6 +62,7 @@ class Folder:
     tensors: Mapping[str, TensorInfo]
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
+    components: tuple[Path, ...] = ()
 
     @property
     def num_params(self) -> int:
@@ -74,7 +78,7 @@ class Folder:
         """The files that this model's pictures depend on: weights, configuration, tokenizer."""
         weights = {info.file for info in self.tensors.values()}
         others = {self.path / name for name in _DECIDING if (self.path / name).is_file()}
-        return tuple(sorted(weights | others))
+        return tuple(sorted(weights | others | set(self.components)))
 
 
 def open_folder(path: str | Path, *, stem: str = "model") -> Folder:
@@ -113,6 +117,28 @@ def open_folder(path: str | Path, *, stem: str = "model") -> Folder:
         tensors=tensors,
         preprocessor=_optional_json(path / "preprocessor_config.json"),
     )
+
+
+def open_model(path: str | Path) -> Folder:
+    """A model's folder as `open_folder` reads it, or a whole repository of I1 or E1.
+
+    A repository's tensors and configuration are its transformer's. Raises ModelError as there.
+    """
+    path = Path(path).expanduser()
+    place = transformer_folder(path)
+    if place is None:
+        return open_folder(path)
+    opened = open_folder(place, stem=TRANSFORMER_STEM)
+    if place == path:
+        return opened
+    parts = [part for part in path.iterdir() if part.is_dir() and part != place]
+    components = [
+        file
+        for part in (path, *parts)
+        for file in part.iterdir()
+        if file.is_file() and any(file.match(pattern) for pattern in DOWNLOADED)
+    ]
+    return replace(opened, path=path, settings=_settings(path), components=tuple(components))
 
 
 def open_file(path: str | Path) -> Folder:
@@ -192,34 +218,26 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def locate(
-    model: str | Path, *, variant: str | None = None, download: bool = False, runs: bool = True
+    model: str | Path, *, variant: str | None = None, download: bool = False
 ) -> tuple[Spec, Path]:
     """The Spec and the folder of a model that is given by name, hub id or folder.
 
     A folder's `hidream.json` is laid over the Spec; `variant` ("full", "dev" or "fast") wins over
     both. Names go before folders: write ./o1-nano for a folder of that name. With `download`, what
-    is not on this machine is fetched from the hub. `runs` False also finds models that this
-    version can only describe.
-
+    is not on this machine is fetched from the hub.
     Raises:
-        UsageError: no such name or variant, or (with `runs`) it cannot be run yet.
+        UsageError: no such name or variant.
         ModelError: it is known but not on this machine, or could not be downloaded.
     """
     model = str(model)
     if variant not in (None, *registry.VARIANTS):
-        raise UsageError(f'variant "{variant}" is unknown; it can be "full" or "dev".')
-    spec = _known(model)
-    if spec is not None and runs:
-        registry.check_runs(spec)
+        raise UsageError(f'variant "{variant}" is unknown; it can be "full", "dev" or "fast".')
+    spec = registry.known(model)
     path = Path(model).expanduser()
     if spec is None and (path.exists() or _looks_like_path(model)):
         if not path.exists():
             raise ModelError(f"the model folder {model} does not exist.", "Check its path.")
-        family = "i1" if transformer_folder(path) else "o1"
-        found = registry.of_folder(_settings(path), name=model, variant=variant, family=family)
-        if runs:
-            registry.check_runs(found)
-        return found, path
+        return _spec_of(path, name=model, base=None, variant=variant), path
     if spec is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         registry.find(model)  # says which names there are
     if spec is not None and spec.repo is None:
@@ -237,7 +255,34 @@ def locate(
                 registry.find(model)  # a misspelt name, most likely
             raise
     name = spec.name if spec else model
-    return registry.of_folder(_settings(path), name=name, base=spec, variant=variant), path
+    return _spec_of(path, name=name, base=spec, variant=variant), path
+
+
+def _spec_of(path: Path, *, name: str, base: Spec | None, variant: str | None) -> Spec:
+    """The Spec of a folder, by its `hidream.json` and, for I1 and E1, by its transformer's size.
+
+    E1's grid is twice as wide as high, since the source stands beside the picture.
+    """
+    settings, place = _settings(path), transformer_folder(path)
+    if place is None:
+        return registry.of_folder(settings, name=name, base=base, variant=variant)
+    height, width = _resolution(_optional_json(place / "config.json"))
+    family = "e1" if width == 2 * height else "i1"
+    if base is None and (height, width) == (96, 192):
+        base = replace(registry.find("e1-full"), repo=None, description="")
+    spec = registry.of_folder(settings, name=name, base=base, variant=variant, family=family)
+    area = height * width * LATENT_AREA // (2 if family == "e1" else 1)
+    return registry.limited(spec, area)
+
+
+def _resolution(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Latent height and width of the largest picture that a transformer's config names."""
+    found = config.get("max_resolution")
+    if not (isinstance(found, list) and len(found) == 2 and all(type(n) is int for n in found)):
+        raise ModelError(
+            f"config.json: max_resolution={found!r} is not a height and a width.", _AGAIN
+        )
+    return found[0], found[1]
 
 
 def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) -> Path:
@@ -278,13 +323,6 @@ def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) ->
             f'Check the connection and try "{pull}" again; what has come is kept.',
         ) from error
     return Path(found)
-
-
-def _known(model: str) -> Spec | None:
-    for spec in registry.SPECS.values():
-        if model.lower() in (spec.name, (spec.repo or "").lower()):
-            return spec
-    return None
 
 
 def _looks_like_path(model: str) -> bool:

@@ -39,6 +39,8 @@ RANGES: dict[str, Range] = {
     "noise_scale": (False, 0, 1000, False),
     "noise_clip_std": (False, 0, 1000, False),
     "strength": (False, 0, 1, False),
+    "image_guidance_scale": (False, 0, 100, True),
+    "refine_strength": (False, 0, 1, True),
     "sparsity": (False, 0, 1, True),
 }
 TEXT_RANGES: dict[str, Range] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from hidream.errors import ModelError, UsageError
 
-SAMPLERS = ("euler", "heun", "unipc", "flash")
+SAMPLERS = ("euler", "heun", "unipc", "flash", "flash-official")
 TASKS = ("text_to_image", "edit", "subject")
 Variant = Literal["full", "dev", "fast"]
 VARIANTS = ("full", "dev", "fast")
@@ -38,6 +39,7 @@ class Defaults:
     sampler: str
     noise_scale: float
     noise_clip_std: float | None = None
+    image_guidance_scale: float | None = None
     sigmas: tuple[float, ...] | None = None
     width: int = 2048
     height: int = 2048
@@ -47,9 +49,9 @@ class Defaults:
 class Spec:
     """One model: its name here, its home, and how requests to it are filled in.
 
-    `repo` is the hub id, or None for the checkpoint that ships inside the package. `loader` is
-    "module:function", imported only when the model is loaded; None: this version has its network,
-    but nothing around it that could run it.
+    `repo` is the hub id, or None for the checkpoint that ships inside the package. `pipeline` is
+    "module:class", imported only when the model is loaded. `tasks`: what it does; `max_area`: the
+    most pixels of one picture, None for no limit of its own.
     """
 
     name: str
@@ -61,7 +63,9 @@ class Spec:
     defaults_by_task: Mapping[str, Defaults] = field(default_factory=lambda: MappingProxyType({}))
     licence: str
     description: str
-    loader: str | None
+    pipeline: str
+    tasks: tuple[str, ...] = TASKS
+    max_area: int | None = None
 
     def defaults_for(self, task: str) -> Defaults:
         """The defaults of one of `TASKS`."""
@@ -84,7 +88,8 @@ _FULL_TASKS = MappingProxyType({"subject": replace(_FULL, shift=1.0)})
 _DEV_TASKS = MappingProxyType(
     {"edit": replace(_DEV, sampler="euler", noise_scale=8.0, noise_clip_std=None)}
 )
-_O1_LOADER = "hidream.models.o1.weights:load_o1"
+_O1_PIPELINE = "hidream.pipelines.o1:O1Pipeline"
+_I1_PIPELINE = "hidream.pipelines.i1:I1Pipeline"
 _I1 = Defaults(
     num_inference_steps=50,
     guidance_scale=5.0,
@@ -95,23 +100,31 @@ _I1 = Defaults(
     height=1024,
 )
 _I1_DISTILLED = replace(_I1, guidance_scale=0.0, sampler="flash")
-_E1 = replace(_I1, num_inference_steps=28)
+_E1_FULL = replace(_I1, num_inference_steps=28, image_guidance_scale=4.0, width=768, height=768)
+_E1_1 = replace(_I1, num_inference_steps=28, guidance_scale=3.0, image_guidance_scale=1.5)
 
 
 def _latent(
-    name: str, repo: str, variant: Variant, defaults: Defaults, description: str, family: str = "i1"
+    name: str,
+    repo: str,
+    variant: Variant,
+    defaults: Defaults,
+    description: str,
+    task: str = "text_to_image",
 ) -> Spec:
     """One of those that draw latents: a picture's sides are whole patches of 2×2 latents."""
     return Spec(
         name=name,
         repo=f"HiDream-ai/{repo}",
-        family=family,
+        family="e1" if task == "edit" else "i1",
         variant=variant,
         patch_size=16,
         defaults=defaults,
         licence="MIT",
         description=description,
-        loader=None,
+        pipeline=_I1_PIPELINE,
+        tasks=(task,),
+        max_area=defaults.width * defaults.height,
     )
 
 
@@ -130,7 +143,7 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                 ),
                 licence="MIT",
                 description="small O1 trained by this project on its procedural world; shipped",
-                loader=_O1_LOADER,
+                pipeline=_O1_PIPELINE,
             ),
             Spec(
                 name="o1",
@@ -142,7 +155,7 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                 defaults_by_task=_FULL_TASKS,
                 licence="MIT",
                 description="HiDream-O1-Image, 8B, 50 guided steps",
-                loader=_O1_LOADER,
+                pipeline=_O1_PIPELINE,
             ),
             Spec(
                 name="o1-dev",
@@ -154,7 +167,7 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                 defaults_by_task=_DEV_TASKS,
                 licence="MIT",
                 description="HiDream-O1-Image-Dev, 8B, distilled to 28 steps without guidance",
-                loader=_O1_LOADER,
+                pipeline=_O1_PIPELINE,
             ),
             Spec(
                 name="o1-dev-2604",
@@ -166,35 +179,41 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                 defaults_by_task=_DEV_TASKS,
                 licence="MIT",
                 description="HiDream-O1-Image-Dev, edition of April 2026",
-                loader=_O1_LOADER,
+                pipeline=_O1_PIPELINE,
             ),
             _latent(
                 *("i1-full", "HiDream-I1-Full", "full", _I1),
-                "HiDream-I1, 17B mixture of experts, 50 guided steps; cannot draw yet",
+                "HiDream-I1, 17B mixture of experts, 50 guided steps",
             ),
             _latent(
                 *("i1-dev", "HiDream-I1-Dev", "dev"),
                 replace(_I1_DISTILLED, num_inference_steps=28, shift=6.0),
-                "HiDream-I1, distilled to 28 steps without guidance; cannot draw yet",
+                "HiDream-I1, distilled to 28 steps without guidance",
             ),
             _latent(
                 *("i1-fast", "HiDream-I1-Fast", "fast"),
                 replace(_I1_DISTILLED, num_inference_steps=16),
-                "HiDream-I1, distilled to 16 steps without guidance; cannot draw yet",
+                "HiDream-I1, distilled to 16 steps without guidance",
             ),
             _latent(
-                *("e1-full", "HiDream-E1-Full", "full", replace(_E1, width=768, height=768)),
-                "HiDream-E1, I1's network tuned to edit; cannot draw yet",
-                family="e1",
+                *("e1-full", "HiDream-E1-Full", "full", _E1_FULL),
+                "HiDream-E1, I1's network tuned to edit",
+                task="edit",
             ),
             _latent(
-                *("e1-1", "HiDream-E1-1", "full", replace(_E1, guidance_scale=3.0)),
-                "HiDream-E1.1, edits at about one megapixel; cannot draw yet",
-                family="e1",
+                *(
+                    "e1-1",
+                    "HiDream-E1-1",
+                    "full",
+                    _E1_1,
+                ),
+                "HiDream-E1.1, edits at about one megapixel",
+                task="edit",
             ),
         )
     }
 )
+ALIASES: Mapping[str, str] = MappingProxyType({"hidream/hidream-i1": "i1-full"})
 DEFAULT_MODEL = "o1-nano"
 # What a folder's settings are laid over, where the folder says no more than family and variant.
 _PUBLISHED = {
@@ -203,7 +222,7 @@ _PUBLISHED = {
     ("i1", "full"): "i1-full",
     ("i1", "dev"): "i1-dev",
     ("i1", "fast"): "i1-fast",
-    ("e1", "full"): "e1-full",
+    ("e1", "full"): "e1-1",
 }
 
 
@@ -223,27 +242,27 @@ def near(repo: str) -> bool:
     return bool(difflib.get_close_matches(repo.lower(), known, n=1, cutoff=0.85))
 
 
+def known(name: str) -> Spec | None:
+    """The model of this name, hub id or alias, if there is one."""
+    name = ALIASES.get(name.lower(), name.lower())
+    for spec in SPECS.values():
+        if name in (spec.name, (spec.repo or "").lower()):
+            return spec
+    return None
+
+
 def find(name: str) -> Spec:
-    """The model of this name or hub id.
+    """The model of this name, hub id or alias.
 
     Raises:
         UsageError: there is none; the message has the nearest names.
     """
-    for spec in SPECS.values():
-        if name.lower() in (spec.name, (spec.repo or "").lower()):
-            return spec
-    known = [*SPECS, *(spec.repo for spec in SPECS.values() if spec.repo)]
-    hint = nearest(name, known if "/" in name else SPECS)
+    found = known(name)
+    if found is not None:
+        return found
+    names = [*SPECS, *(spec.repo for spec in SPECS.values() if spec.repo)]
+    hint = nearest(name, names if "/" in name else SPECS)
     raise UsageError(f'unknown model "{name}"; {hint}', "A model is a name, a hub id or a folder.")
-
-
-def check_runs(spec: Spec) -> None:
-    """UsageError for a model that this version can only describe."""
-    if spec.loader is None:
-        raise UsageError(
-            f"{spec.name} cannot draw yet: hidream has its network, but not its text encoders.",
-            f"Use an O1 model, such as {DEFAULT_MODEL}.",
-        )
 
 
 def of_folder(
@@ -292,6 +311,24 @@ def of_folder(
     )
 
 
+def limited(spec: Spec, max_area: int) -> Spec:
+    """`spec` for a checkpoint of so many pixels: its own sizes are squares within them."""
+    side = math.isqrt(max_area) // spec.patch_size * spec.patch_size
+
+    def smaller(defaults: Defaults) -> Defaults:
+        if defaults.width * defaults.height <= max_area:
+            return defaults
+        return replace(defaults, width=side, height=side)
+
+    tasks = {task: smaller(defaults) for task, defaults in spec.defaults_by_task.items()}
+    return replace(
+        spec,
+        max_area=max_area,
+        defaults=smaller(spec.defaults),
+        defaults_by_task=MappingProxyType(tasks),
+    )
+
+
 def _overlaid(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
     found: dict[str, Any] = {}
     for item in fields(Defaults):
@@ -303,7 +340,7 @@ def _overlaid(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
         elif item.name == "sigmas":
             good = value is None or (isinstance(value, list | tuple) and all(map(_number, value)))
             value = None if value is None or not good else tuple(map(float, value))
-        elif item.name == "noise_clip_std":
+        elif item.name in ("noise_clip_std", "image_guidance_scale"):
             good = value is None or _number(value)
         elif item.name in ("num_inference_steps", "width", "height"):
             good = isinstance(value, int) and value > 0

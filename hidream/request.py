@@ -3,6 +3,7 @@ metadata are all this."""
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,17 +33,16 @@ from hidream.limits import (
     snap_size,
 )
 from hidream.outpainting import Margins, canvas_size, check_expand, fit_expand
-from hidream.registry import SAMPLERS, Defaults, nearest
+from hidream.registry import DEFAULT_MODEL, SAMPLERS, Defaults, Spec, nearest
 from hidream.sheet import Sheet, read_sheet, resolve_sheet
 
 DEFAULT_STRENGTH = 0.6
+ENCODERS = ("clip_l", "clip_g", "t5", "llama")
 NO_PROMPT = " "  # the caption of the unconditional branch, as published
 
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "image_guidance_scale": (None,),
     "refine_prompt": (None, "off"),
-    "refine_strength": (None,),
     "sparsity": (None, 0.0),
 }
 
@@ -63,6 +63,11 @@ class GenerateRequest:
     name. `shot`, `angle` and `view` are names of `hidream.camera`, put into words before the
     prompt.
 
+    Of I1 and E1: `encoder_prompts` holds (encoder, text) pairs, or is a mapping, of text encoders
+    (`ENCODERS`) that read something else than the prompt. Of E1: `image_guidance_scale` leads
+    towards the source, `clip_cfg_norm` keeps the guided velocity no longer than the unguided one,
+    and `refine_strength` is the share of the steps that an I1 takes, after the others.
+
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.
         InputError: a prompt or a box is not usable.
@@ -71,6 +76,7 @@ class GenerateRequest:
     prompt: str
     model: str | None = None
     negative_prompt: str | None = None
+    encoder_prompts: tuple[tuple[str, str], ...] = ()
     width: int | None = None
     height: int | None = None
     snap: str | None = None
@@ -79,6 +85,7 @@ class GenerateRequest:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     image_guidance_scale: float | None = None
+    clip_cfg_norm: bool | None = None
     shift: float | None = None
     sampler: str | None = None
     sigmas: tuple[float, ...] | None = None
@@ -112,7 +119,8 @@ class GenerateRequest:
             put(self, "negative_prompt", cleaned)
         for name in RANGES:
             put(self, name, check_in_range(name, getattr(self, name)))
-        for name in ("keep_aspect", "deterministic"):
+        put(self, "encoder_prompts", _encoder_prompts(self.encoder_prompts))
+        for name in ("keep_aspect", "deterministic", "clip_cfg_norm"):
             if getattr(self, name) not in (None, True, False):
                 raise UsageError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         for name in ("width", "height"):
@@ -135,7 +143,7 @@ class GenerateRequest:
         put(self, "loras", check_loras(self.loras or ()))
         for name, harmless in _NOT_YET.items():
             if getattr(self, name) not in harmless:
-                raise UsageError(f"{name} is not available for O1 yet.", "Leave it out.")
+                raise UsageError(f"{name} is not available yet.", "Leave it out.")
 
     def _check_pictures(self, put: Callable[[Any, str, Any], None]) -> None:
         references = check_pictures(() if self.references is None else self.references, "reference")
@@ -279,6 +287,7 @@ def resolve(
         num_inference_steps=steps or defaults.num_inference_steps,
         guidance_scale=or_default("guidance_scale"),
         guidance_interval=request.guidance_interval or (0.0, 1.0),
+        image_guidance_scale=or_default("image_guidance_scale"),
         shift=or_default("shift"),
         sampler=or_default("sampler"),
         sigmas=sigmas,
@@ -293,6 +302,49 @@ def resolve(
         sparsity=_or(request.sparsity, 0.0),
         deterministic=bool(request.deterministic),
     )
+
+
+def check_ability(spec: Spec, request: GenerateRequest) -> None:
+    """UsageError for a resolved request that is not this model's to fulfil."""
+    area = (request.width or 0) * (request.height or 0)
+    if spec.max_area is not None and area > spec.max_area:
+        side = math.isqrt(spec.max_area)
+        raise UsageError(
+            f"{request.width}x{request.height} is more than {spec.name} draws at once: "
+            f"{spec.max_area} pixels.",
+            f"Choose a smaller size, such as {side}x{side}.",
+        )
+    if "subject" not in spec.tasks:
+        _check_references(spec, request)
+    families = {
+        **dict.fromkeys(("image_guidance_scale", "clip_cfg_norm", "refine_strength"), ("e1",)),
+        "encoder_prompts": ("i1", "e1"),
+    }
+    for name, having in families.items():
+        if spec.family not in having and getattr(request, name) not in (None, ()):
+            whose = "E1's editing" if having == ("e1",) else "I1 and E1"
+            raise UsageError(
+                f"{name} is for {whose}; {spec.name} has no use for it.", "Leave it out."
+            )
+
+
+def _check_references(spec: Spec, request: GenerateRequest) -> None:
+    count = len(request.references)
+    if request.layout:
+        raise UsageError(
+            f"{spec.name} knows no layout of boxes.", f"Use an O1 model, such as {DEFAULT_MODEL}."
+        )
+    if "edit" in spec.tasks and count != 1:
+        raise UsageError(
+            f"{spec.name} edits one picture; there are {count}.",
+            'Use: hidream edit IMAGE "INSTRUCTION"; or an I1 or O1 model to draw a new one.',
+        )
+    kept = request.mask is not None or request.expand is not None
+    if "edit" not in spec.tasks and count and not (count == 1 and kept):
+        raise UsageError(
+            f"{spec.name} reads no reference pictures.",
+            "Give it a mask, within which it draws anew, or --init; or use an E1 or O1 model.",
+        )
 
 
 def warnings_of(asked: GenerateRequest, resolved: GenerateRequest) -> tuple[str, ...]:
@@ -379,6 +431,21 @@ def _canvas(
     check_side("height", height)
     check_area(width, height)
     return width, height
+
+
+def _encoder_prompts(given: Any) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((given or {}).items()) if isinstance(given, Mapping | None) else tuple(given)
+    found = {}
+    for pair in pairs:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise UsageError(f"encoder_prompts holds {pair!r}; each is an encoder and its text.")
+        name, text = pair
+        if name not in ENCODERS:
+            raise UsageError(f'unknown text encoder "{name}"; {nearest(str(name), ENCODERS)}')
+        if name in found:
+            raise UsageError(f"encoder_prompts has two texts for {name}.", "Give one.")
+        found[name] = clean_prompt(text, f"the prompt of {name}", may_be_empty=True)
+    return tuple(found.items())
 
 
 def _plain(value: Any) -> Any:

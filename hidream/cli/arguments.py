@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from hidream.camera import CAMERA
 from hidream.errors import InputError, UsageError
 from hidream.memory import POLICIES
-from hidream.registry import DEFAULT_MODEL, SAMPLERS, nearest
+from hidream.registry import DEFAULT_MODEL, SAMPLERS, VARIANTS, nearest
 from hidream.request import GenerateRequest
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -91,8 +91,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--variant",
-        choices=("full", "dev"),
+        choices=VARIANTS,
         help="of a published folder without hidream.json (default full)",
+    )
+    group.add_argument(
+        "--llama", metavar="PATH", help="I1: folder or hub id of Llama-3.1-8B-Instruct"
     )
     group.add_argument("--device", default="auto", type=_device, help=", ".join(DEVICES))
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on a CPU")
@@ -159,6 +162,16 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     for name, values in CAMERA.items():
         group.add_argument(f"--{name}", metavar="NAME", help=", ".join(values), **unset)
 
+    group.add_argument(
+        "--encoder-prompt",
+        dest="encoder_prompts",
+        action="append",
+        nargs=2,
+        metavar=("ENCODER", "TEXT"),
+        help="what one text encoder of I1 reads instead: clip_l, clip_g, t5 or llama (repeatable)",
+        **unset,
+    )
+
     group = parser.add_argument_group("sampling (default: the model's own)")
     group.add_argument("--steps", dest="num_inference_steps", type=_whole, metavar="N", **unset)
     group.add_argument("--guidance", dest="guidance_scale", type=float, metavar="G", **unset)
@@ -176,12 +189,26 @@ def add_request(parser: argparse.ArgumentParser, *, with_references: bool = True
     group.add_argument("--noise-scale", type=float, metavar="F", **unset)
     group.add_argument("--noise-clip-std", type=float, metavar="F", **unset)
     group.add_argument(
+        "--image-guidance-scale",
+        type=float,
+        metavar="G",
+        help="E1: how much of the source stays",
+        **unset,
+    )
+    group.add_argument(
+        "--refine-strength",
+        type=float,
+        metavar="F",
+        help="E1: share of the steps left to I1",
+        **unset,
+    )
+    group.add_argument(
         "--deterministic", action="store_true", help="same bits in any batch", **unset
     )
 
     later = parser.add_argument_group("refused in this version, with a message")
     later.add_argument("--refine-prompt", metavar="NAME", **unset)
-    for name in ("refine-strength", "sparsity", "image-guidance-scale"):
+    for name in ("sparsity",):
         later.add_argument(f"--{name}", type=float, metavar="F", **unset)
 
 

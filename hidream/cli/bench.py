@@ -42,9 +42,15 @@ def run(argv: list[str]) -> int:
         raise InputError(f"{output.parent} is not a folder.", "Make it first.")
 
     from hidream.bench import cases, timing
+    from hidream.pipelines.o1 import O1Pipeline
 
     model = arguments.model or DEFAULT_MODEL
     pipe = load_pipeline(arguments, model)
+    if not isinstance(pipe, O1Pipeline):
+        raise UsageError(
+            f"bench times O1 models; {pipe.spec.name} is none.",
+            "For I1: python -m benchmarks.i1_step.",
+        )
     chosen = (*cases.TEXT_TO_IMAGE, *cases.WITH_REFERENCES)
     result: dict[str, Any] = {"model": pipe.spec.name, "machine": timing.machine()}
     result["device"] = str(pipe.device)

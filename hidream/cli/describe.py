@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model, add_text
 from hidream.cli.loading import check_memory, load_pipeline
-from hidream.errors import ModelError
+from hidream.errors import ModelError, UsageError
 from hidream.folder import locate, open_folder
 from hidream.registry import DEFAULT_MODEL
 from hidream.text_request import TextRequest
@@ -42,7 +42,9 @@ def run(argv: list[str]) -> int:
     fields = {name: value for name, value in vars(arguments).items() if name in names}
     request = TextRequest.about(arguments.image, arguments.question, **fields)
     model = arguments.model or DEFAULT_MODEL
-    _, folder = locate(model, variant=arguments.variant)
+    spec, folder = locate(model, variant=arguments.variant)
+    if spec.family != "o1":
+        raise UsageError(f"{spec.name} draws, but cannot write.", "Use an O1 model.")
 
     from hidream.pictures import read_picture
 

@@ -17,11 +17,11 @@ from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
-from hidream.folder import Folder, locate, open_folder
+from hidream.folder import Folder, locate, open_model
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
-from hidream.registry import DEFAULT_MODEL, SPECS, Spec, find
-from hidream.request import GenerateRequest, resolve, warnings_of
+from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known
+from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
 
 if TYPE_CHECKING:
     from hidream.cli.storyboard import Board
@@ -81,8 +81,9 @@ def draw(
     request = replace(
         resolve(asked, defaults, spec.patch_size, source_size=source_size), model=spec.name
     )
+    check_ability(spec, request)
     warnings += [told for told in warnings_of(asked, request) if told not in again.warnings]
-    opened = open_folder(folder) if folder is not None else None
+    opened = open_model(folder) if folder is not None else None
     check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
         raise missing
@@ -202,10 +203,10 @@ def find_model(model: str, variant: str | None) -> tuple[Spec, Path | None, Mode
     try:
         return *locate(model, variant=variant), None
     except ModelError as error:
-        known = [name for s in SPECS.values() for name in (s.name, (s.repo or "").lower())]
-        if model.lower() not in known:
+        spec = known(model)
+        if spec is None:
             raise
-        return find(model), None, error
+        return spec, None, error
 
 
 def warn_not_here(spec: Spec) -> None:

@@ -33,6 +33,7 @@ def load_pipeline(arguments: argparse.Namespace, model: str, name: str | None = 
         dtype=None if arguments.dtype == "auto" else arguments.dtype,
         memory=arguments.memory,
         variant=arguments.variant,
+        llama=arguments.llama,
     )
 
 

@@ -26,10 +26,10 @@ from hidream.cli.prompt_file import Line, located, read_prompt_file
 from hidream.cli.recording import Inputs, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import InputError, UsageError
-from hidream.folder import Folder, open_folder
+from hidream.folder import Folder, open_model
 from hidream.limits import MAX_IMAGES, batch_size
 from hidream.registry import DEFAULT_MODEL, Spec
-from hidream.request import GenerateRequest, resolve, warnings_of
+from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
 
 MAX_PICTURES = 10 * MAX_IMAGES  # of one run
 
@@ -87,7 +87,7 @@ def draw_many(
     asked = [_asked(line, given, spec, needs_reference) for line in lines]
     paths = _paths(arguments, [request.seeds for request in asked])
 
-    folder = open_folder(path) if path is not None else None
+    folder = open_model(path) if path is not None else None
     checks = _Checks(arguments, spec, folder, told)
     orders = [
         checks.order(line.where, request, places)
@@ -175,6 +175,7 @@ class _Checks:
                 resolve(asked, defaults, self.spec.patch_size, source_size=size),
                 model=self.spec.name,
             )
+            check_ability(self.spec, request)
             warnings = [*warnings, *warnings_of(asked, request), *self._read_loras(request)]
             self.told.add(where, warnings)
             check_previews(self.arguments, paths, request)
@@ -216,7 +217,7 @@ def batches(orders: Sequence[Order]) -> list[list[Order]]:
 
     A part is one order's pictures in the batch.
     """
-    from hidream.pipelines.denoise import batch_key
+    from hidream.pipelines.base import batch_key
 
     groups: dict[Any, list[tuple[int, int]]] = {}  # (order, which of its pictures)
     for number, order in enumerate(orders):

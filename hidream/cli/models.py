@@ -11,7 +11,7 @@ from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json
 from hidream.errors import ModelError, UsageError
 from hidream.folder import fetch, locate, read_config
-from hidream.registry import SPECS, VARIANTS, Spec, find, nearest
+from hidream.registry import SPECS, VARIANTS, Spec, find, known, nearest
 
 if TYPE_CHECKING:
     from hidream.models.i1.config import I1Config
@@ -121,7 +121,7 @@ def _verify(argv: list[str]) -> int:
     parser.add_argument("model", metavar="NAME_OR_FOLDER")
     add_json(parser)
     arguments = parser.parse(argv)
-    spec, path = locate(arguments.model, runs=False)
+    spec, path = locate(arguments.model)
 
     from safetensors import safe_open
 
@@ -176,7 +176,7 @@ def _pull(argv: list[str]) -> int:
     else:
         repo = find(arguments.model).repo
     if repo is None:
-        path = locate(arguments.model, runs=False)[1]
+        path = locate(arguments.model)[1]
         console.say(f"{arguments.model} ships with hidream; there is nothing to download.")
     else:
         console.say(f"downloading {repo}")
@@ -198,13 +198,12 @@ def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Co
     if model not in SPECS and model in i1.SIZES:
         return find("i1-full"), None, i1.SIZES[model]
     try:
-        spec, path = locate(model, variant=variant, runs=False)
+        spec, path = locate(model, variant=variant)
     except ModelError:
-        known = [s for s in SPECS.values() if model.lower() in (s.name, (s.repo or "").lower())]
-        if not known:
+        named = known(model)
+        if named is None:
             raise
-        name = known[0].name
-        return known[0], None, i1.SIZES.get(name) or o1.SIZES.get(name, o1.O1_8B)
+        return named, None, i1.SIZES.get(named.name) or o1.SIZES.get(named.name, o1.O1_8B)
     if spec.family != "o1":
         from hidream.folder import transformer_folder
 
@@ -223,7 +222,7 @@ def _shapes(config: O1Config | I1Config) -> dict[str, list[int]]:
 
 def _here(name: str) -> Path | None:
     try:
-        return locate(name, runs=False)[1]
+        return locate(name)[1]
     except ModelError:
         return None
 

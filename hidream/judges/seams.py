@@ -3,6 +3,9 @@
 A model that draws patch by patch may leave its grid in the picture. Against it stands the picture
 itself: its mean absolute difference of neighbouring pixels at each of the other offsets of the
 grid, all of which see the same content.
+
+A texture should have no seam where it is laid beside itself, either; there the picture's own lines
+are what it is held against.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ class Seams:
     """Of one axis, in levels of 0 … 255: the mean step across borders, and inside patches.
 
     `offsets` are the least and the largest mean step at the offsets inside patches, the measure of
-    what chance does in this picture. There must be two patches or more along the axis.
+    what chance does in this picture. There must be two patches or more along the axis. What they
+    are of a picture laid beside itself, `wrap_seams_of` says.
     """
 
     border: float
@@ -59,6 +63,28 @@ def seams_of(picture: Image.Image, patch_size: int) -> dict[str, Seams | None]:
         raise UsageError(f"patch={patch_size} is less than 2.", "O1 has 32, o1-nano 16.")
     pixels = np.asarray(picture.convert("RGB"), np.int16)
     return {"x": _along(pixels, 1, patch_size), "y": _along(pixels, 0, patch_size)}
+
+
+def wrap_seams_of(picture: Image.Image) -> dict[str, Seams | None]:
+    """The seams of an RGB picture laid beside itself, along `x` and `y`; it tiles if none shows.
+
+    `border` is the step from its last line to its first, `inside` the mean of the steps between
+    its lines, and `offsets` are those that one of twenty is below, and above. None for an axis of
+    fewer than 20 lines.
+    """
+    pixels = np.asarray(picture.convert("RGB"), np.int16)
+    return {"x": _around(pixels, 1), "y": _around(pixels, 0)}
+
+
+def _around(pixels: np.ndarray, axis: int) -> Seams | None:
+    if pixels.shape[axis] < 20:
+        return None
+    others = tuple(other for other in range(3) if other != axis)
+    steps = np.abs(pixels - np.roll(pixels, 1, axis)).mean(axis=others)  # steps[0]: last to first
+    low, high = np.quantile(steps[1:], (0.05, 0.95))
+    return Seams(
+        border=float(steps[0]), inside=float(steps[1:].mean()), offsets=(float(low), float(high))
+    )
 
 
 def _along(pixels: np.ndarray, axis: int, patch_size: int) -> Seams | None:

@@ -1,7 +1,8 @@
 """From requests to pictures and texts: `load` a model, call it."""
 
+from hidream.pipelines.base import Output, Pipeline
 from hidream.pipelines.diffusers_style import HiDreamPipeline
-from hidream.pipelines.pipeline import Output, Pipeline, load
+from hidream.pipelines.loading import load
 from hidream.pipelines.text import TextOutput
 
 __all__ = ["HiDreamPipeline", "Output", "Pipeline", "TextOutput", "load"]

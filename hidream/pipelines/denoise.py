@@ -14,56 +14,21 @@ from torch import Tensor
 
 from hidream import sampling
 from hidream.cancel import CancelToken
-from hidream.lora_file import LoraFile
 from hidream.models.o1.model import O1, Prefix
-from hidream.models.o1.patches import patchify, to_picture, to_tensor, unpatchify
+from hidream.models.o1.patches import patchify, to_picture, unpatchify
 from hidream.models.o1.tokens import Tokens
-from hidream.pipelines.prefixes import Counter, Prefixes
+from hidream.pipelines.base import Counter
+from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
+from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
 
 
 @dataclass(frozen=True)
-class Source:
-    """A picture that the result starts from or keeps, at the result's size.
+class O1Job(Job):
+    """Jobs that share `tokens` share its prefix."""
 
-    `mask` is an "L" picture, white where the result may change; None lets all of it.
-    """
-
-    picture: Image.Image
-    mask: Image.Image | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to make. Jobs that share `tokens` share its prefix.
-
-    `loras` are the request's, found and matched with the model.
-    """
-
-    request: GenerateRequest
-    seed: int
     tokens: Tokens
     unconditional: Tokens
-    source: Source | None = None
-    loras: tuple[tuple[LoraFile, float], ...] = ()
-
-
-def batch_key(request: GenerateRequest) -> tuple:
-    """Jobs whose keys are equal can be denoised together."""
-    return (
-        request.width,
-        request.height,
-        request.num_inference_steps,
-        request.sigmas,
-        request.shift,
-        request.sampler,
-        request.guidance_scale,
-        request.guidance_interval,
-        request.noise_scale,
-        request.noise_clip_std,
-        request.strength,
-        request.loras,
-    )
 
 
 def sigmas_of(request: GenerateRequest) -> Float[Tensor, " num_steps_plus_1"]:
@@ -79,7 +44,7 @@ def sigmas_of(request: GenerateRequest) -> Float[Tensor, " num_steps_plus_1"]:
 
 def denoise_batch(
     model: O1,
-    jobs: Sequence[Job],
+    jobs: Sequence[O1Job],
     *,
     counter: Counter,
     on_step: Callable[[int, int, Callable[[], list[Image.Image]]], object] | None = None,
@@ -107,19 +72,21 @@ def denoise_batch(
     denoise = _guided(model, jobs, counter, prefixes or Prefixes(0), cancel)
     x_t = request.noise_scale * noise
     if any(job.source for job in jobs):
-        sources, changeable = _sources(jobs, patch_size, device)
+        sources, changeable = (
+            patchify(pixels, patch_size).to(device) for pixels in source_pixels(jobs)
+        )
         if request.strength is not None:
             x_t = sampling.add_noise(sources, noise, sigmas[0], request.noise_scale)
-        denoise = _keeping(denoise, sources, changeable)
+        denoise = keeping(denoise, sources, changeable)
 
     def report(step: int, x_t: Tensor, x0: Tensor) -> None:
         if on_step is not None:
             on_step(step + 1, len(sigmas) - 1, lambda: _pictures(x0, jobs, grid, patch_size))
 
     sampler = sampling.SAMPLERS[request.sampler]
-    if sampler is sampling.flash:
+    if request.sampler.startswith("flash"):
         sampler = partial(
-            sampling.flash,
+            sampler,
             noise_scale=(request.noise_scale, request.noise_scale),
             noise_clip_std=request.noise_clip_std or 0.0,
         )
@@ -131,7 +98,7 @@ def denoise_batch(
 
 def _guided(
     model: O1,
-    jobs: Sequence[Job],
+    jobs: Sequence[O1Job],
     counter: Counter,
     prefixes: Prefixes,
     cancel: CancelToken | None,
@@ -185,51 +152,7 @@ def _distinct(tokens: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
     return kept, [places[id(item)] for item in tokens]
 
 
-def _sources(
-    jobs: Sequence[Job], patch_size: int, device: torch.device
-) -> tuple[Float[Tensor, "b n p"], Float[Tensor, "b n p"]]:
-    """Source pictures as patches, and how far (0 to 1) each of their values may change."""
-    pictures, changeable = [], []
-    for job in jobs:
-        size = (job.request.width, job.request.height)
-        source = job.source or Source(Image.new("RGB", size))
-        mask = source.mask or Image.new("L", size, 255)
-        pictures.append(to_tensor(source.picture))
-        changeable.append((to_tensor(mask.convert("RGB")) + 1) / 2)
-    return (
-        patchify(torch.stack(pictures), patch_size).to(device),
-        patchify(torch.stack(changeable), patch_size).to(device),
-    )
-
-
-def _keeping(denoise: sampling.Denoise, sources: Tensor, changeable: Tensor) -> sampling.Denoise:
-    """A velocity that heads for the source's own pixels wherever the mask forbids a change."""
-    if bool((changeable == 1).all()):
-        return denoise
-
-    def kept(x_t: Tensor, sigma: Tensor) -> Tensor:
-        x0 = sampling.to_x0(x_t, denoise(x_t, sigma), sigma)
-        return sampling.to_velocity(x_t, torch.lerp(sources, x0, changeable), sigma, 1e-3)
-
-    return kept
-
-
 def _pictures(
-    x0: Float[Tensor, "b n p"], jobs: Sequence[Job], grid: tuple[int, int], patch_size: int
+    x0: Float[Tensor, "b n p"], jobs: Sequence[O1Job], grid: tuple[int, int], patch_size: int
 ) -> list[Image.Image]:
-    """8-bit pictures; where a mask is black they are the source's, to the last bit.
-
-    Where it is grey the steps have blended already; see `_keeping`.
-    """
-    return [
-        Image.composite(picture, job.source.picture, job.source.mask.point(_not_black))
-        if job.source and job.source.mask
-        else picture
-        for picture, job in zip(
-            map(to_picture, unpatchify(x0, grid, patch_size)), jobs, strict=True
-        )
-    ]
-
-
-def _not_black(level: int) -> int:
-    return 255 if level else 0
+    return with_kept(map(to_picture, unpatchify(x0, grid, patch_size)), jobs)

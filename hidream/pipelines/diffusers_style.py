@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hidream.pipelines.pipeline import Output, Pipeline, load
+from hidream.pipelines.base import Output, Pipeline
+from hidream.pipelines.loading import load
 
 
 class HiDreamPipeline:

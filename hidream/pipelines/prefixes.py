@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 from weakref import ref
@@ -20,22 +20,9 @@ from torch import Tensor
 from hidream.errors import UsageError
 from hidream.models.o1.model import O1, Prefix
 from hidream.models.o1.tokens import Tokens
+from hidream.pipelines.base import Counter
 
 MAX_KEPT = 256 * 1024**2  # bytes
-
-
-@dataclass
-class Counter:
-    """Calls of the network, prefixes computed, and prefixes that were there already."""
-
-    num_forwards: int = 0
-    num_prefills: int = 0
-    num_reused: int = 0
-
-    def add(self, other: Counter) -> None:
-        self.num_forwards += other.num_forwards
-        self.num_prefills += other.num_prefills
-        self.num_reused += other.num_reused
 
 
 class Prefixes:

@@ -17,6 +17,7 @@ the state at the last one:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -177,21 +178,30 @@ def flash(
     on_step: OnStep | None = None,
     noise_scale: tuple[float, float] = (1.0, 1.0),
     noise_clip_std: float = 0.0,
+    last_step: bool = True,
 ) -> Float[Tensor, "*shape"]:
-    """Jump to x0 and noise it again with fresh noise: how distilled models (O1-Image-Dev) sample.
+    """Jump to x0 and noise it again with fresh noise: how distilled models (O1-Image-Dev,
+    I1-Dev, I1-Fast) sample.
 
         x0 = x_t - sigma * v,    x' = (1 - sigma') * x0 + sigma' * s * clip(noise)
 
     `s` goes evenly from `noise_scale[0]` at the first step to `noise_scale[1]` at the last;
     `noise_clip_std` is the clip's limit in standard deviations (0: no clip). The step to
     sigma = 0 takes x0 and asks for no noise.
+
+    Without `last_step` it is not made: the state keeps the noise of the last sigma above 0, as in
+    the code that I1-Dev and I1-Fast were published with, which calls the network there and drops
+    its answer. `on_step` still sees it, with the state as its x0.
     """
     if noise is None:
         raise ValueError("flash needs `noise`, a function from the step to standard normal noise.")
     x_t = at_least_fp32(x_t)
     scales = torch.linspace(*noise_scale, len(sigmas) - 1, dtype=torch.float64).tolist()
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.cpu())):
-        x0 = to_x0(x_t, denoise(x_t, sigma).to(x_t.dtype), sigma)
+        if last_step or sigma_next > 0:
+            x0 = to_x0(x_t, denoise(x_t, sigma).to(x_t.dtype), sigma)
+        else:
+            x0 = x_t
         if sigma_next > 0:
             fresh = clip_noise(noise(step), noise_clip_std).to(x_t)
             x_t = add_noise(x0, fresh, sigma_next, scales[step])
@@ -213,5 +223,11 @@ def clip_noise(noise: Float[Tensor, " b *shape"], num_std: float) -> Float[Tenso
     return torch.stack([row.clamp(-limit, limit) for row, limit in zip(noise, limits, strict=True)])
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "unipc": unipc, "flash": flash}
+SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "heun": heun,
+    "unipc": unipc,
+    "flash": flash,
+    "flash-official": partial(flash, last_step=False),
+}
 """The names that requests use."""

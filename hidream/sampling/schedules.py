@@ -1,7 +1,8 @@
 """Schedules: which sigmas a sampler visits, as functions that return them.
 
 A schedule of n steps is n + 1 sigmas, fp32 on the CPU, falling strictly and ending at 0.
-They are worked out in float64 and rounded at the end.
+They are worked out in float64 and rounded at the end. `full_sigmas` and `dev_sigmas` are O1's,
+those whose names begin with `i1` are I1's and E1's.
 """
 
 import math
@@ -11,14 +12,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hidream.errors import UsageError
 from hidream.registry import DEV_TIMESTEPS
+from hidream.sampling.flow import Denoise
 
 SIGMA_MAX = 0.999
 """Where the published O1 schedules begin: the first of 1000 training timesteps, not pure noise."""
+
+I1_OFFICIAL_SHIFT = math.exp(1.15)
+"""What I1-Full's own code shifts by: diffusers' mu of 4,096 patches, whatever the picture has."""
 
 S = TypeVar("S", float, np.ndarray, Tensor)
 
@@ -54,6 +59,58 @@ def dev_sigmas(num_steps: int = len(DEV_TIMESTEPS)) -> Float[Tensor, " num_steps
     published = np.array([*DEV_TIMESTEPS, 0]) / 1000
     last = len(DEV_TIMESTEPS)
     return _schedule(np.interp(np.linspace(0, last, num_steps + 1), range(last + 1), published))
+
+
+def i1_sigmas(
+    num_steps: int, shift: float = 3.0, *, official: bool = False
+) -> Float[Tensor, " num_steps_plus_1"]:
+    """The schedule of I1-Full, E1-Full and E1.1: diffusers' UniPC with flow sigmas, to the bit.
+
+    `n + 1` even steps from 1 to 0.001, shifted, of which the last is 0 instead; the first is a
+    millionth below 1. `official` gives that of I1-Full's own repository: from 0.999, shifted by
+    `shift`, evenly to 0, all of it shifted by e^1.15 = 3.158.
+    """
+    return _schedule(np.append(_i1_evenly(num_steps, shift, official), 0.0))
+
+
+def i1_timesteps(
+    num_steps: int, shift: float = 3.0, *, official: bool = False
+) -> Int[Tensor, " num_steps"]:
+    """The whole timesteps, out of 1000, that published code shows the network for `i1_sigmas`.
+
+    It cuts off what follows the point; our networks see `1000 * sigma` unless one asks for
+    `at_timesteps`.
+    """
+    evenly = _i1_evenly(num_steps, shift, official)
+    return torch.from_numpy((1000 * evenly).astype(np.int64))
+
+
+def at_timesteps(
+    denoise: Denoise,
+    sigmas: Float[Tensor, " num_steps_plus_1"],
+    timesteps: Int[Tensor, " num_steps"],
+) -> Denoise:
+    """`denoise`, told a step's `timestep / 1000` (fp32) instead of its sigma.
+
+    A solver goes on with the sigmas themselves. Where they are the end of a schedule (`truncate`),
+    so are the timesteps.
+    """
+    told = timesteps.cpu()[len(timesteps) - len(sigmas) + 1 :] / 1000
+    shown = dict(zip(sigmas[:-1].tolist(), told, strict=True))
+    return lambda x_t, sigma: denoise(x_t, shown[float(sigma)])
+
+
+def i1_distilled_sigmas(num_steps: int, shift: float) -> Float[Tensor, " num_steps_plus_1"]:
+    """The schedule of I1-Dev (28 steps, shift 6) and I1-Fast (16 steps, shift 3), then 0.
+
+    `f(linspace(1, f(0.001), n))` for `f` = `shift_sigma`: the least sigma is shifted twice, and
+    the first time in fp32. diffusers (FlowMatchLCM) and the official code (FlashFlowMatch) agree;
+    the latter stops at the last sigma above 0: see `samplers.flash`.
+    """
+    _check_steps(num_steps)
+    lowest = float(shift_sigma(torch.tensor(0.001, dtype=torch.float32), shift))
+    evenly = np.linspace(1000.0, 1000 * lowest, num_steps) / 1000
+    return _schedule(np.append(shift_sigma(evenly, shift), 0.0))
 
 
 def linear_sigmas(num_steps: int, shift: float = 1.0) -> Float[Tensor, " num_steps_plus_1"]:
@@ -101,6 +158,17 @@ def truncate(
     num_steps = len(sigmas) - 1
     kept = max(round(strength * num_steps), 1 if strength > 0 else 0)
     return sigmas[num_steps - kept :]
+
+
+def _i1_evenly(num_steps: int, shift: float, official: bool) -> np.ndarray:
+    """The sigmas above 0 of `i1_sigmas`, float64."""
+    _check_steps(num_steps)
+    if official:
+        first = float(shift_sigma(torch.tensor(SIGMA_MAX, dtype=torch.float32), shift))
+        return shift_sigma(np.linspace(first, 0.0, num_steps + 1)[:-1], I1_OFFICIAL_SHIFT)
+    sigmas = shift_sigma(np.linspace(1.0, 0.001, num_steps + 1)[:-1], shift)
+    sigmas[0] -= 1e-6
+    return sigmas
 
 
 def _check_steps(num_steps: int) -> None:

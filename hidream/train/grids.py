@@ -7,8 +7,8 @@ from PIL import Image
 
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
-from hidream.pipelines.denoise import Job, denoise_batch
-from hidream.pipelines.prefixes import Counter
+from hidream.pipelines.base import Counter
+from hidream.pipelines.denoise import O1Job, denoise_batch
 from hidream.request import GenerateRequest
 from hidream.train.config import Recipe
 
@@ -64,7 +64,7 @@ def sample_pictures(
             sampler="euler",
             shift=3.0,
         )
-        jobs.append(Job(request, seed + i, tokens(prompt), unconditional))
+        jobs.append(O1Job(request, seed + i, tokens(prompt), unconditional))
     with torch.no_grad():
         return denoise_batch(model, jobs, counter=Counter())
 

@@ -66,7 +66,7 @@ def test_what_diffusers_saves_loads_here_in_shards(model, saved, tmp_path):
     names = {info.file.name for info in open_i1(tmp_path / "repository")[0].tensors.values()}
     assert len(names) > 2
     assert equal(load_i1(tmp_path / "repository"), model)
-    spec, _ = locate(tmp_path / "repository", runs=False)
+    spec, _ = locate(tmp_path / "repository")
     assert (spec.family, spec.variant) == ("i1", "full")
 
 

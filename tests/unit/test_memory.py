@@ -30,7 +30,7 @@ from hidream.models.o1.memory import (
 from hidream.models.o1.tokens import Tokenizer
 from hidream.models.o1.weights import save_o1
 from hidream.pipelines import load
-from hidream.pipelines import pipeline as pipelines
+from hidream.pipelines import o1 as pipelines
 from hidream.pipelines.devices import told_when_full
 from tests import lora_files, tiny
 
@@ -318,7 +318,7 @@ def test_blocks_come_one_ahead(tiny_folder, tiny_model, pipe, share, monkeypatch
 
     monkeypatch.setattr(placing, "attach", attach)
     model, tokenizer = weights.load_o1(tiny_folder, memory=replace(policy, lends=False))
-    frugal = pipelines.Pipeline(pipe.spec, model, tokenizer)
+    frugal = pipelines.O1Pipeline(pipe.spec, model, tokenizer)
     assert same(frugal("a red cube", **FEW), pipe("a red cube", **FEW))
     (ahead,) = kept
     num_bytes = sum(t.nbytes for buffers in ahead.buffers for t in buffers.values())

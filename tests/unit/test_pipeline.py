@@ -13,7 +13,7 @@ from hidream.errors import InputError, ModelError, UsageError
 from hidream.models.o1.tokens import Tokenizer
 from hidream.pipelines import HiDreamPipeline, Output, Pipeline, load
 from hidream.pipelines import denoise as denoising
-from hidream.pipelines import pipeline as pipelines
+from hidream.pipelines import o1 as pipelines
 from hidream.request import GenerateRequest
 from hidream.sheet import Sheet
 from tests import tiny
@@ -663,7 +663,7 @@ def test_dev_folders(tiny_folder, tmp_path):
         ({"dtype": "fp23"}, 'did you mean "fp32"'),
         ({"dtype": "fp16"}, "bf16"),
         ({"memory": "tight"}, "memory"),
-        ({"variant": "half"}, '"full" or "dev"'),
+        ({"variant": "half"}, '"dev" or "fast"'),
     ],
 )
 def test_unknown_options(tiny_folder, options, said):

@@ -9,8 +9,9 @@ import hidream
 from hidream.errors import InputError, ModelError, UsageError
 from hidream.models.o1.config import O1_TINY
 from hidream.models.o1.tokens import encode_text
-from hidream.pipelines import Pipeline, TextOutput, load
+from hidream.pipelines import TextOutput, load
 from hidream.pipelines import text as texts
+from hidream.pipelines.o1 import O1Pipeline
 from hidream.registry import SPECS
 from hidream.text_request import DESCRIBE, TextRequest
 from tests import tiny
@@ -144,16 +145,18 @@ def test_the_model_ends_its_text(tmp_path, tokenizer):
         model = tiny.random_o1()
         last = model.prefill([encode_text(tokenizer, O1_TINY, "a red cube")]).last[0]
         model.lm_head.weight[tokenizer.special[name]] = 100 * last
-        out = Pipeline(SPECS["o1"], model, tokenizer).generate_text(request())
+        out = O1Pipeline(SPECS["o1"], model, tokenizer).generate_text(request())
         assert (out.text, out.num_tokens, out.finish_reason) == ("", 0, "stop")
 
 
 def test_tied_embeddings_write_and_a_missing_head_does_not(tokenizer):
-    tied = Pipeline(
+    tied = O1Pipeline(
         SPECS["o1"], tiny.random_o1(replace(O1_TINY, tie_word_embeddings=True)), tokenizer
     )
     assert tied.generate_text(request()).num_tokens == 8
-    headless = Pipeline(SPECS["o1"], tiny.random_o1(replace(O1_TINY, has_lm_head=False)), tokenizer)
+    headless = O1Pipeline(
+        SPECS["o1"], tiny.random_o1(replace(O1_TINY, has_lm_head=False)), tokenizer
+    )
     with pytest.raises(ModelError, match="no lm_head"):
         headless.generate_text(request())
 

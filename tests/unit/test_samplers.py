@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
+from diffusers.schedulers import scheduling_flow_match_lcm
 
 from hidream import registry
 from hidream.sampling import (
@@ -21,6 +23,8 @@ from hidream.sampling import (
     flash,
     full_sigmas,
     heun,
+    i1_distilled_sigmas,
+    i1_sigmas,
     initial_noise,
     linear_sigmas,
     step_noise,
@@ -216,6 +220,75 @@ def test_flash_asks_for_no_noise_at_the_last_step():
 def test_flash_needs_noise():
     with pytest.raises(ValueError, match="noise"):
         flash(Mixture(), torch.zeros(1, 2), linear_sigmas(4))
+
+
+# I1, beside diffusers
+
+
+def curved(x_t, sigma):
+    """A velocity that no straight step follows."""
+    return to_velocity(x_t, torch.sin(2 * x_t.flip(-1) + 3 * sigma), sigma)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 28, 50])
+def test_i1_full_takes_diffusers_way(num_steps):
+    theirs = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    theirs.set_timesteps(num_steps)
+    start = initial_noise([4], (2, 3, 5)).double()
+    x_t, states = start, []
+    for t, sigma in zip(theirs.timesteps, theirs.sigmas, strict=False):
+        x_t = theirs.step(curved(x_t, sigma), t, x_t, return_dict=False)[0]
+        states.append(x_t)
+    seen = []
+    final = unipc(
+        curved, start, i1_sigmas(num_steps), on_step=lambda step, x_t, x0: seen.append(x_t)
+    )
+    # Their lambdas are fp32.
+    torch.testing.assert_close(torch.stack(seen), torch.stack(states), rtol=0, atol=2e-5)
+    assert torch.equal(final, seen[-1])
+
+
+@pytest.mark.parametrize(("num_steps", "shift"), [(28, 6.0), (16, 3.0)])
+def test_i1_distilled_takes_diffusers_way(monkeypatch, num_steps, shift):
+    noise = [step_noise([4], step, (2, 3, 5)) for step in range(num_steps)]
+    fresh = iter(noise)
+    monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", lambda *a, **k: next(fresh))
+    theirs = FlowMatchLCMScheduler(shift=shift)
+    theirs.set_timesteps(num_steps)
+    start = initial_noise([4], (2, 3, 5))
+    x_t = start
+    for t, sigma in zip(theirs.timesteps, theirs.sigmas, strict=False):
+        x_t = theirs.step(curved(x_t, sigma), t, x_t, return_dict=False)[0]
+    sigmas = i1_distilled_sigmas(num_steps, shift)
+    ours = flash(curved, start, sigmas, noise=noise.__getitem__)
+    torch.testing.assert_close(ours, x_t, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_steps", "shift", "left"), [(28, 6.0, 0.0348), (16, 3.0, 0.0089)])
+def test_the_official_flash_leaves_noise_in_the_picture(num_steps, shift, left):
+    """Its scheduler's `step` does nothing once the last of its n timesteps is reached."""
+    x0, sigmas = torch.zeros(1, 50, 50), i1_distilled_sigmas(num_steps, shift)
+    noise = [step_noise([4], step, (50, 50)) for step in range(num_steps)]
+    x_t = start = initial_noise([4], (50, 50))
+    for i in range(num_steps):
+        answer = to_velocity(x_t, x0, sigmas[i])
+        if i < num_steps - 1:
+            x_t = sigmas[i + 1] * noise[i] + (1 - sigmas[i + 1]) * (x_t - answer * sigmas[i])
+    seen = []
+    final = SAMPLERS["flash-official"](
+        towards(x0),
+        start,
+        sigmas,
+        noise=noise.__getitem__,
+        on_step=lambda step, x_t, x0: seen.append((step, x0)),
+    )
+    torch.testing.assert_close(final, x_t, rtol=0, atol=1e-6)
+    assert float(final.std()) == pytest.approx(left, rel=0.03)
+    assert [step for step, _ in seen] == list(range(num_steps))
+    assert torch.equal(seen[-1][1], final)
+    assert float(flash(towards(x0), start, sigmas, noise=noise.__getitem__).std()) < 1e-6
 
 
 # What holds for all of them

@@ -1,16 +1,23 @@
 """Schedules: equal to the published ones, and what every schedule promises."""
 
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
 from safetensors import safe_open
 
 from hidream.errors import UsageError
 from hidream.sampling import (
+    at_timesteps,
     custom_sigmas,
     dev_sigmas,
     full_sigmas,
+    i1_distilled_sigmas,
+    i1_sigmas,
+    i1_timesteps,
     linear_sigmas,
     shift_sigma,
     truncate,
@@ -42,8 +49,22 @@ def test_full_sigmas_known_values():
     torch.testing.assert_close(full_sigmas(6, 3.0), torch.tensor(expected), atol=6e-8, rtol=0)
 
 
+def distilled(num_steps):
+    return i1_distilled_sigmas(num_steps, 6.0)
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 27, 28, 50, 1000])
-@pytest.mark.parametrize("schedule", [full_sigmas, dev_sigmas, linear_sigmas])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        full_sigmas,
+        dev_sigmas,
+        linear_sigmas,
+        i1_sigmas,
+        partial(i1_sigmas, official=True),
+        distilled,
+    ],
+)
 def test_every_schedule_falls_strictly_to_zero(schedule, num_steps):
     sigmas = schedule(num_steps)
     assert (sigmas.shape, sigmas.dtype) == ((num_steps + 1,), torch.float32)
@@ -100,7 +121,7 @@ def test_custom_sigmas_refuses_values_that_fp32_cannot_tell_apart():
         custom_sigmas([0.5, 0.5 - 1e-12])
 
 
-@pytest.mark.parametrize("schedule", [full_sigmas, dev_sigmas, linear_sigmas])
+@pytest.mark.parametrize("schedule", [full_sigmas, dev_sigmas, linear_sigmas, i1_sigmas, distilled])
 def test_schedules_refuse_no_steps(schedule):
     with pytest.raises(UsageError, match="num_inference_steps"):
         schedule(0)
@@ -118,3 +139,52 @@ def test_truncate_keeps_that_share_of_the_steps(strength, kept):
 def test_truncate_refuses(strength):
     with pytest.raises(UsageError, match="strength"):
         truncate(full_sigmas(4), strength)
+
+
+# I1 and E1
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 28, 50, 333])
+def test_i1_full_equals_diffusers_to_the_bit(num_steps, shift):
+    theirs = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
+    )
+    theirs.set_timesteps(num_steps)
+    assert torch.equal(i1_sigmas(num_steps, shift), theirs.sigmas)
+    assert torch.equal(i1_timesteps(num_steps, shift), theirs.timesteps)
+
+
+@pytest.mark.parametrize(("num_steps", "shift"), [(28, 6.0), (16, 3.0), (1, 3.0), (40, 1.7)])
+def test_i1_distilled_equals_diffusers_to_the_bit(num_steps, shift):
+    theirs = FlowMatchLCMScheduler(shift=shift)
+    theirs.set_timesteps(num_steps)
+    sigmas = i1_distilled_sigmas(num_steps, shift)
+    assert torch.equal(sigmas, theirs.sigmas)
+    # The network is shown 1000 * sigma here, nothing cut off.
+    torch.testing.assert_close(theirs.timesteps, 1000 * sigmas[:-1], rtol=1e-7, atol=0)
+
+
+def test_i1_known_values():
+    sigmas = i1_sigmas(50)
+    assert float(sigmas[0]) == pytest.approx(1 - 1e-6, abs=3e-8)
+    assert i1_timesteps(50)[:4].tolist() == [999, 993, 986, 979]
+    official = i1_sigmas(50, official=True)
+    assert float(official[0]) == pytest.approx(0.99989, abs=5e-6)
+    even = np.linspace(0.9996664, 0, 51)[25]
+    assert float(official[25]) == pytest.approx(3.158193 * even / (1 + 2.158193 * even), abs=1e-6)
+    assert i1_timesteps(50, official=True)[0] == 999
+    assert float(i1_distilled_sigmas(28, 6.0)[-2]) == pytest.approx(0.0348, abs=5e-5)
+    assert float(i1_distilled_sigmas(16, 3.0)[-2]) == pytest.approx(0.0089, abs=5e-5)
+
+
+def test_a_network_can_be_shown_whole_timesteps():
+    def shown(x_t, sigma):
+        assert sigma.dtype == torch.float32
+        return float(1000 * sigma)
+
+    sigmas, timesteps = i1_sigmas(28), i1_timesteps(28)
+    for part in (sigmas, truncate(sigmas, 0.4), truncate(sigmas, 0.0)):
+        denoise = at_timesteps(shown, part, timesteps)
+        seen = [denoise(None, sigma) for sigma in part[:-1]]
+        assert seen == pytest.approx(timesteps[28 - len(seen) :].tolist(), abs=1e-4)

@@ -9,14 +9,19 @@ import torch
 from safetensors.torch import save_file
 
 from hidream.errors import ModelError
-from hidream.folder import Folder, open_file, open_folder, transformer_folder
+from hidream.folder import (
+    TRANSFORMER_STEM,
+    Folder,
+    open_file,
+    open_folder,
+    transformer_folder,
+)
 from hidream.models.i1.config import I1_FULL, I1Config
 from hidream.models.i1.model import I1
 from hidream.models.loading import check_tensors, load_weights, tensor_shapes
 from hidream.nn.attention import Backend
 from hidream.nn.moe import pack
 
-STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 MAX_SHARD = 10_000_000_000  # bytes
 
 
@@ -37,7 +42,7 @@ def open_i1(path: str | Path, config: I1Config | None = None) -> tuple[Folder, I
     path = Path(path).expanduser()
     if not path.is_dir():
         return open_file(path), config or I1_FULL
-    folder = open_folder(transformer_folder(path) or path, stem=STEM)
+    folder = open_folder(transformer_folder(path) or path, stem=TRANSFORMER_STEM)
     return folder, config or I1Config.from_dict(folder.config)
 
 
@@ -80,9 +85,11 @@ def save_i1(model: I1, path: str | Path, *, max_shard_bytes: int = MAX_SHARD) ->
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern=STEM + "{suffix}.safetensors", max_shard_size=max_shard_bytes
+        tensors,
+        filename_pattern=TRANSFORMER_STEM + "{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
-    index = f"{STEM}.safetensors.index.json"
+    index = f"{TRANSFORMER_STEM}.safetensors.index.json"
     written = {*split.filename_to_tensors, *([index] if split.is_sharded else [])}
     others = sorted({f.name for f in path.glob("*.safetensors*")} - written)
     if others:

@@ -1,44 +1,36 @@
-"""`load` a model by name, hub id or folder; call it with a prompt or with many requests."""
+"""What every pipeline shares: calls with a prompt or with many requests, batches, results."""
 
 from __future__ import annotations
 
-import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from threading import RLock
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from PIL import Image
+from torch import nn
 
 from hidream.cancel import CancelToken
-from hidream.errors import UsageError
-from hidream.folder import locate
+from hidream.errors import ModelError, UsageError
 from hidream.limits import batch_size
 from hidream.lora_file import linear_layers, read_lora
-from hidream.memory import AUTO, Policy, find_policy
+from hidream.memory import Policy
 from hidream.models.loading import tensor_shapes
-from hidream.models.loras import LoraWeights, with_loras
-from hidream.models.o1.model import O1
-from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
-from hidream.outpainting import extend
-from hidream.pictures import read_mask, read_picture
-from hidream.pipelines.denoise import Job, Source, batch_key, denoise_batch
-from hidream.pipelines.devices import find_device, find_dtype, told_when_full
-from hidream.pipelines.prefixes import MAX_KEPT, Counter, Prefixes
-from hidream.pipelines.text import OnToken, TextOutput, write_texts
+from hidream.pictures import read_picture
+from hidream.pipelines.devices import find_device, told_when_full
+from hidream.pipelines.jobs import Job, Loras
 from hidream.registry import Spec
-from hidream.request import GenerateRequest, resolve, warnings_of
-from hidream.sampling import dev_sigmas
-from hidream.sheet import blank
+from hidream.request import GenerateRequest, check_ability, resolve
 from hidream.text_request import TextRequest
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from hidream.pipelines.text import OnToken, TextOutput
 
+REFINER = "i1-full"
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], object]
 
 
@@ -62,84 +54,121 @@ class Output:
     warnings: tuple[str, ...] = ()
 
 
-def load(
-    model: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype | None = None,
-    memory: str = "auto",
-    variant: str | None = None,
-    prefix_bytes: int = MAX_KEPT,
-) -> Pipeline:
-    """A model ready to be called.
+@dataclass
+class Counter:
+    """Calls of the network, prefixes computed, and prefixes that were there already."""
 
-    `model`: a name ("o1-nano"), a hub id, or a folder in the published layout. `device`: auto,
-    cpu, cuda or mps. `dtype`: fp32 on a CPU and bf16 elsewhere unless given. `variant` ("full",
-    "dev") is for published folders without a `hidream.json`. `prefix_bytes`: how much of the
-    prompts and references that were read may stay in the device's memory for later calls; 0
-    keeps nothing.
+    num_forwards: int = 0
+    num_prefills: int = 0
+    num_reused: int = 0
 
-    `memory` is one of `hidream.memory.POLICIES`; "auto" keeps everything on the device.
-
-    Raises ModelError where the model is not there or not whole, UsageError for unknown names,
-    MemoryExceeded where the device cannot hold the weights.
-    """
-    policy = find_policy(memory)
-    prefixes = Prefixes(prefix_bytes)
-    chosen_device = find_device(device)
-    chosen_dtype = find_dtype(dtype, chosen_device)
-    spec, folder = locate(str(model), variant=variant)
-    assert spec.loader is not None  # locate refuses the others
-    module, function = spec.loader.split(":")
-    load_weights = getattr(import_module(module), function)
-    with told_when_full(chosen_device, policy, "the model's weights"):
-        network, tokenizer = load_weights(
-            folder, device=chosen_device, dtype=chosen_dtype, memory=policy
-        )
-    return Pipeline(spec, network, tokenizer, prefixes)
+    def add(self, other: Counter) -> None:
+        self.num_forwards += other.num_forwards
+        self.num_prefills += other.num_prefills
+        self.num_reused += other.num_reused
 
 
-class Pipeline:
-    """A loaded O1. The same request and seed give the same picture, whatever came before.
+@dataclass(frozen=True)
+class Plan:
+    """A request as it will be run: resolved, one job a picture, and what its user is told."""
+
+    request: GenerateRequest
+    jobs: Sequence[Job]
+    warnings: tuple[str, ...]
+
+
+class Pipeline(ABC):
+    """A loaded model. The same request and seed give the same picture, whatever came before.
 
     LoRAs belong to requests. They never change the model's weights, and files stay in memory
-    (up to 2 GiB) so that switching between them reads nothing again. `prefixes` keeps what was
-    read of prompts and references; it changes no bit of any picture.
+    (up to 2 GiB) so that switching between them reads nothing again.
 
     Threads may share a pipeline; where its memory policy brings weights in turn, their calls wait
     for each other.
     """
 
-    def __init__(
-        self, spec: Spec, model: O1, tokenizer: Tokenizer, prefixes: Prefixes | None = None
-    ):
-        self.spec = spec
-        self.model = model
-        self.tokenizer = tokenizer
-        self.prefixes = prefixes if prefixes is not None else Prefixes()
-        self._lora_weights = LoraWeights()
-        self._turn = nullcontext() if model.elsewhere is None else RLock()
+    spec: Spec
+    _turn: AbstractContextManager[Any]  # held while the network is used
+
+    @classmethod
+    @abstractmethod
+    def open(
+        cls,
+        spec: Spec,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        policy: Policy,
+        prefix_bytes: int,
+        llama: str | Path | None,
+        refiner: str | Path,
+    ) -> Pipeline:
+        """The pipeline of a model's folder; see `load`."""
 
     @property
-    def device(self) -> torch.device:
-        return self.model.model.final_layer2.linear.weight.device
+    @abstractmethod
+    def device(self) -> torch.device: ...
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model.model.final_layer2.linear.weight.dtype
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
 
     @property
+    @abstractmethod
     def memory(self) -> Policy:
         """How its weights are kept."""
-        return AUTO if self.model.elsewhere is None else self.model.elsewhere.policy
+
+    @abstractmethod
+    def _move(self, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def _plan(self, asked: GenerateRequest) -> Plan:
+        """Read a request's pictures and LoRAs' headers, fill in its defaults."""
+
+    @abstractmethod
+    def _denoise(
+        self,
+        batch: Sequence[Any],
+        counter: Counter,
+        on_step: OnStep | None,
+        cancel: CancelToken | None,
+    ) -> list[Image.Image]:
+        """The pictures of jobs whose `batch_key`s are equal."""
+
+    def _resolved(
+        self, asked: GenerateRequest
+    ) -> tuple[GenerateRequest, list[Image.Image], Image.Image | None]:
+        """The request with this model's defaults, its references and its initial picture."""
+        references = [read_picture(picture) for picture in asked.references]
+        initial = read_picture(asked.init_image) if asked.init_image is not None else None
+        aspect_of = references[0] if len(references) == 1 else initial
+        request = resolve(
+            asked,
+            self.spec.defaults_for(asked.task),
+            self.spec.patch_size,
+            source_size=aspect_of.size if aspect_of else None,
+        )
+        if request.model is None:
+            request = replace(request, model=self.spec.name)
+        check_ability(self.spec, request)
+        return request, references, initial
+
+    def _loras(self, request: GenerateRequest, model: nn.Module) -> tuple[Loras, tuple[str, ...]]:
+        """The request's LoRAs, matched with the model, each with its scale; and warnings."""
+        layers = linear_layers(tensor_shapes(model)) if request.loras else {}
+        loras = tuple(
+            (read_lora(path, layers, request.model or ""), scale) for path, scale in request.loras
+        )
+        return loras, tuple(warning for file, _ in loras for warning in file.warnings)
 
     def to(self, device: str | torch.device) -> Pipeline:
-        if self.model.elsewhere is not None:
+        if self.memory.name != "auto":
             raise UsageError(
                 f"a pipeline under --memory {self.memory.name} stays on its device.",
                 "Load it again for the other one.",
             )
-        self.model.to(find_device(str(device)))
+        self._move(find_device(str(device)))
         return self
 
     @overload
@@ -247,10 +276,10 @@ class Pipeline:
         """
         return self.generate_text(TextRequest.about(picture, question, **fields), on_token=on_token)
 
-    @torch.inference_mode()
     def _write(self, requests: list[TextRequest], on_token: OnToken | None) -> list[TextOutput]:
-        with self._turn, told_when_full(self.device, self.memory, "the prompts and pictures"):
-            return write_texts(self.model, self.tokenizer, requests, on_token)
+        raise ModelError(
+            f"{self.spec.name} draws, but cannot write.", "Use an O1 model, such as o1-nano."
+        )
 
     @torch.inference_mode()
     def _run(
@@ -273,17 +302,7 @@ class Pipeline:
             counter = Counter()
             what = f"{len(batch)} pictures of {batch[0].request.width}x{batch[0].request.height}"
             with self._turn, told_when_full(self.device, self.memory, what):
-                model = with_loras(
-                    self.model, batch[0].loras, self._lora_weights, self.model.elsewhere
-                )
-                made = denoise_batch(
-                    model,
-                    batch,
-                    counter=counter,
-                    on_step=on_step,
-                    prefixes=self.prefixes,
-                    cancel=cancel,
-                )
+                made = self._denoise(batch, counter, on_step, cancel)
             for job, picture in zip(batch, made, strict=True):
                 pictures[id(job)] = picture
             for plan in {id(job.request) for job in batch}:
@@ -302,52 +321,26 @@ class Pipeline:
             for plan in plans
         ]
 
-    def _plan(self, asked: GenerateRequest) -> _Plan:
-        """Read a request's pictures and LoRAs' headers, fill in its defaults, tokenise."""
-        references = [read_picture(picture) for picture in asked.references]
-        initial = read_picture(asked.init_image) if asked.init_image is not None else None
-        aspect_of = references[0] if len(references) == 1 else initial
-        request = resolve(
-            asked,
-            self.spec.defaults_for(asked.task),
-            self.spec.patch_size,
-            source_size=aspect_of.size if aspect_of else None,
-        )
-        if request.model is None:
-            request = replace(request, model=self.spec.name)
-        if self.spec.variant == "dev" and request.sigmas is None and request.shift == 1:
-            # Dev knows one curve; other numbers of steps read it at even distances.
-            curve = dev_sigmas(request.num_inference_steps)
-            request = replace(request, sigmas=tuple(curve.tolist()[:-1]))
 
-        references, kept = _source(request, references, initial)
-        tokenizer, config = self.tokenizer, self.model.config
-        conditional = encode(
-            tokenizer,
-            config,
-            request.full_prompt,
-            width=request.width,
-            height=request.height,
-            references=references,
-            layout=request.layout or (),
-        )
-        unconditional = with_prompt(conditional, tokenizer, config, request.negative_prompt)
-        layers = linear_layers(tensor_shapes(self.model)) if request.loras else {}
-        loras = tuple(
-            (read_lora(path, layers, request.model), scale) for path, scale in request.loras
-        )
-        jobs = [
-            Job(request, seed, conditional, unconditional, kept, loras) for seed in request.seeds
-        ]
-        warnings = (*warnings_of(asked, request), *(w for file, _ in loras for w in file.warnings))
-        return _Plan(request, jobs, warnings)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    request: GenerateRequest
-    jobs: list[Job]
-    warnings: tuple[str, ...]
+def batch_key(request: GenerateRequest) -> tuple:
+    """Jobs whose keys are equal can be denoised together."""
+    return (
+        request.width,
+        request.height,
+        request.num_inference_steps,
+        request.sigmas,
+        request.shift,
+        request.sampler,
+        request.guidance_scale,
+        request.guidance_interval,
+        request.image_guidance_scale,
+        request.clip_cfg_norm,
+        request.refine_strength,
+        request.noise_scale,
+        request.noise_clip_std,
+        request.strength,
+        request.loras,
+    )
 
 
 def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -358,29 +351,7 @@ def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
         groups.setdefault(key, []).append(job)
     batches = []
     for group in groups.values():
-        most = batch_size(group[0].request.width, group[0].request.height)
+        request = group[0].request
+        most = batch_size(request.width or 1, request.height or 1)
         batches += [group[i : i + most] for i in range(0, len(group), most)]
     return batches
-
-
-def _source(
-    request: GenerateRequest, references: list[Image.Image], initial: Image.Image | None
-) -> tuple[list[Image.Image], Source | None]:
-    """The references as the model sees them, and what the result starts from or keeps."""
-    if request.sheet is not None:
-        return references, None if request.sheet.is_covered else Source(*blank(request.sheet))
-    source = initial
-    if source is None and (request.mask is not None or request.expand is not None):
-        source = references[0]
-    if source is None:
-        return references, None
-    mask = read_mask(request.mask, source.size) if request.mask is not None else None
-    if request.expand is not None:
-        source, mask = extend(source, request.expand, mask)
-        references = [source]
-    return references, Source(_resized(source, request), mask and _resized(mask, request))
-
-
-def _resized(picture: Image.Image, request: GenerateRequest) -> Image.Image:
-    size = (request.width, request.height)
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

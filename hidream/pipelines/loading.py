@@ -1,0 +1,63 @@
+"""`load`: a model by name, hub id or folder, as a pipeline."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from hidream.errors import UsageError
+from hidream.folder import locate
+from hidream.memory import find_policy
+from hidream.pipelines.base import REFINER, Pipeline
+from hidream.pipelines.devices import find_device, find_dtype, told_when_full
+from hidream.pipelines.prefixes import MAX_KEPT
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    memory: str = "auto",
+    variant: str | None = None,
+    prefix_bytes: int = MAX_KEPT,
+    llama: str | Path | None = None,
+    refiner: str | Path = REFINER,
+) -> Pipeline:
+    """A model ready to be called.
+
+    `model`: a name ("o1-nano"), a hub id, or a folder in the published layout. `device`: auto,
+    cpu, cuda or mps. `dtype`: fp32 on a CPU and bf16 elsewhere unless given. `variant` ("full",
+    "dev", "fast") is for published folders without a `hidream.json`. `prefix_bytes`: how much of
+    the prompts and references that were read may stay in memory for later calls; 0 keeps nothing.
+
+    Of I1 and E1: `llama` is the folder or hub id of Llama-3.1-8B-Instruct, where it is not in the
+    hub's cache or named by the environment's HIDREAM_LLAMA; `refiner` is the I1 that takes the last
+    steps of an edit with `refine_strength`, loaded when it is first needed.
+
+    `memory` is one of `hidream.memory.POLICIES`; "auto" keeps everything on the device.
+
+    Raises ModelError where the model is not there or not whole, UsageError for unknown names,
+    MemoryExceeded where the device cannot hold the weights.
+    """
+    policy = find_policy(memory)
+    chosen_device = find_device(device)
+    chosen_dtype = find_dtype(dtype, chosen_device)
+    spec, folder = locate(str(model), variant=variant)
+    if llama is not None and spec.family == "o1":
+        raise UsageError(f"{spec.name} has no Llama.", "Leave it out.")
+    module, name = spec.pipeline.split(":")
+    pipeline: type[Pipeline] = getattr(import_module(module), name)
+    with told_when_full(chosen_device, policy, "the model's weights"):
+        return pipeline.open(
+            spec,
+            folder,
+            device=chosen_device,
+            dtype=chosen_dtype,
+            policy=policy,
+            prefix_bytes=prefix_bytes,
+            llama=llama,
+            refiner=refiner,
+        )

@@ -1,0 +1,304 @@
+"""I1's and E1's pipeline on tiny folders in the published layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hidream import sampling
+from hidream.errors import ModelError, UsageError
+from hidream.models.i1.config import I1_TINY
+from hidream.pipelines import HiDreamPipeline, load
+from hidream.pipelines import latent as latents
+from hidream.request import GenerateRequest
+from tests import tiny_i1
+
+FEW = {"num_inference_steps": 3, "seed": 7}
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_i1.make_tiny_i1(tmp_path_factory.mktemp("i1") / "tiny", llama_inside=True)
+
+
+@pytest.fixture(scope="module")
+def e1_folder(tmp_path_factory):
+    config = replace(I1_TINY, max_resolution=(16, 32))
+    path = tmp_path_factory.mktemp("e1") / "tiny"
+    return tiny_i1.make_tiny_i1(path, config=config, llama_inside=True, seed=40)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def editor(e1_folder, folder):
+    return load(e1_folder, device="cpu", refiner=folder)
+
+
+def levels(one, other):
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+
+
+def picture(seed=0, size=(128, 128)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Rows, sigma and prefix of every call of a network."""
+    calls = []
+    velocity = latents.I1.velocity
+
+    def spy(self, x_t, sigma, prefix, on_layer=None):
+        calls.append((self, len(x_t), float(sigma), prefix))
+        return velocity(self, x_t, sigma, prefix, on_layer)
+
+    monkeypatch.setattr(latents.I1, "velocity", spy)
+    return calls
+
+
+def test_a_prompt_becomes_a_picture(pipe, seen):
+    out = pipe("three red cubes", negative_prompt="blur", **FEW)
+    (image,) = out.images
+    assert image.size == (128, 128)  # what its 64 patches make
+    assert np.asarray(image).std() > 1
+    assert (out.num_forwards, out.num_prefills) == (3, 2)
+    assert [rows for _, rows, _, _ in seen] == [2, 2, 2]
+    assert levels(image, pipe("three red cubes", **FEW).images[0]) > 0  # the negative prompt acts
+    assert levels(image, pipe("three red cubes", negative_prompt="blur", **FEW).images[0]) == 0
+
+
+@pytest.mark.parametrize("size", [(128, 64), (64, 112), (96, 96)])
+def test_any_multiple_of_16_up_to_the_limit(pipe, size):
+    (image,) = pipe("a tree", width=size[0], height=size[1], **FEW).images
+    assert image.size == size
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"width": 256, "height": 128}, "32768 pixels|256x128 is more than"),
+        ({"width": 120}, "not a multiple of 16"),
+        ({"references": (Image.new("RGB", (64, 64)),)}, "reads no reference pictures"),
+        ({"refine_strength": 0.3}, "E1's editing"),
+        ({"encoder_prompts": {"bert": "x"}}, "unknown text encoder"),
+    ],
+)
+def test_what_it_cannot_do(pipe, fields, said):
+    with pytest.raises(UsageError, match=said):
+        pipe("a tree", **FEW, **fields)
+
+
+def test_a_batch_is_its_pictures_alone(pipe):
+    asked = [
+        GenerateRequest(prompt=prompt, width=SIDE, height=SIDE, num_inference_steps=2, seed=seed)
+        for prompt, seed in (("red", 1), ("blue", 2), ("red", 3))
+    ]
+    for out, request in zip(pipe(asked), asked, strict=True):
+        assert levels(out.images[0], pipe(request).images[0]) <= 1
+        assert out.num_forwards == 2
+
+
+def test_the_latents_are_what_the_velocity_says(pipe, monkeypatch):
+    """With an exact network every sampler lands on its picture, through codec and composition."""
+    x0 = pipe.codec.encode(latents.to_tensor(picture(1))[None])
+    monkeypatch.setattr(
+        latents.I1, "velocity", lambda self, x_t, sigma, prefix, on_layer: (x_t - x0) / sigma
+    )
+    wanted = latents.to_picture(pipe.codec.decode(x0)[0])
+    for sampler in sampling.SAMPLERS:
+        assert levels(pipe("x", sampler=sampler, **FEW).images[0], wanted) <= 1
+
+
+def test_distilled_variants(tmp_path, seen):
+    path = tiny_i1.make_tiny_i1(tmp_path / "fast", variant="fast", llama_inside=True)
+    pipe = load(path, device="cpu", variant="fast")
+    out = pipe("a tree", negative_prompt="blur", width=SIDE, height=SIDE, seed=1)
+    assert [rows for _, rows, _, _ in seen] == [1] * 16  # no guidance
+    assert out.request.sampler == "flash"
+    assert any("negative prompt has no effect" in text for text in out.warnings)
+
+
+def test_the_seed_is_also_that_of_the_steps(tmp_path):
+    path = tiny_i1.make_tiny_i1(tmp_path / "dev", variant="dev", llama_inside=True)
+    pipe = load(path, device="cpu", variant="dev")
+    fields = {"width": SIDE, "height": SIDE, "num_inference_steps": 4}
+    one, again, other = (pipe("a tree", seed=seed, **fields).images[0] for seed in (3, 3, 4))
+    torch.manual_seed(5)  # no global generator has a part in it
+    assert levels(one, again) == 0 < levels(one, other)
+
+
+def test_image_to_image(pipe):
+    source = picture(2)
+    near, far = (
+        pipe("a tree", init_image=source, strength=strength, num_inference_steps=10, seed=1)
+        for strength in (0.1, 1.0)
+    )
+    assert near.num_forwards == 1
+    assert far.num_forwards == 10
+    coded = pipe.codec.decode(pipe.codec.encode(latents.to_tensor(source)[None]))
+    wanted = latents.to_picture(coded[0])
+
+    def distance(image):
+        return np.abs(np.asarray(image, int) - np.asarray(wanted, int)).mean()
+
+    assert distance(near.images[0]) < distance(far.images[0])
+
+
+def test_outside_a_mask_pixels_are_the_sources(pipe):
+    source = picture(3)
+    mask = Image.new("L", source.size)
+    mask.paste(255, (32, 32, 96, 96))
+    for fields in ({"references": (source,)}, {"init_image": source, "strength": 1.0}):
+        (image,) = pipe("a tree", mask=mask, **fields, **FEW).images
+        changed = np.abs(np.asarray(image, int) - np.asarray(source, int)).max(axis=2) > 0
+        assert not changed[np.asarray(mask) == 0].any()
+        assert changed[np.asarray(mask) == 255].any()
+
+
+def test_growing(pipe):
+    source = picture(4, (64, 64))
+    (image,) = pipe("more", references=(source,), expand=(0, 0, 48, 16), **FEW).images
+    assert image.size == (112, 80)
+    assert levels(image.crop((0, 0, 64, 64)), source) == 0
+
+
+def test_encoder_prompts(pipe):
+    plain, other = (
+        pipe("a tree", encoder_prompts=prompts, width=SIDE, height=SIDE, **FEW).images[0]
+        for prompts in ({}, {"t5": "a house"})
+    )
+    assert levels(plain, other) > 0
+
+
+def test_long_prompts_are_said_to_be_cut(pipe):
+    out = pipe("red " * 300, width=SIDE, height=SIDE, **FEW)
+    assert any("128 of the prompt's" in text for text in out.warnings)
+
+
+# -- E1 --------------------------------------------------------------------------------------------
+
+
+def test_an_edit_sees_its_source(editor, seen):
+    one, other = (editor("make it red", references=(picture(seed),), **FEW) for seed in (5, 6))
+    assert one.images[0].size == (128, 128)
+    assert levels(one.images[0], other.images[0]) > 0
+    assert [rows for _, rows, _, _ in seen] == [3] * 6
+    prefix = seen[0][3]
+    assert prefix.source.shape[1] == 64
+    assert torch.equal(prefix.source[1], prefix.source[2])  # the source, twice
+    assert not torch.equal(prefix.source[0], prefix.source[1])  # none
+    assert prefix.num_pads == 0 or prefix.grid == (8, 8)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_three_row_guidance(editor, monkeypatch, norm):
+    """The steps follow the formula of E1's code, applied to what the three rows answer."""
+    answers = []
+    velocity = latents.I1.velocity
+
+    def spy(self, x_t, sigma, prefix, on_layer=None):
+        answers.append((x_t, float(sigma), velocity(self, x_t, sigma, prefix, on_layer)))
+        return answers[-1][2]
+
+    monkeypatch.setattr(latents.I1, "velocity", spy)
+    editor(
+        "make it red",
+        references=(picture(5),),
+        sampler="euler",
+        clip_cfg_norm=norm,
+        guidance_scale=3.0,
+        image_guidance_scale=1.5,
+        **FEW,
+    )
+    (x, sigma, v), (x_next, sigma_next, _) = answers[:2]
+    none, source, full = v.chunk(3)
+    guided = source + 3.0 * (full - source)
+    if norm:
+        guided = guided * (full.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True)).clamp(
+            max=1
+        )
+        wanted = none + 1.5 * (guided - none)
+    else:
+        wanted = none + 1.5 * (source - none) + 3.0 * (full - source)
+    stepped = (x_next[:1] - x[:1]) / (sigma_next - sigma)
+    assert torch.allclose(stepped, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_refining_has_the_weights_of_i1(editor, seen):
+    """The last steps are another network's, without a source and with the target's description."""
+    prompt = "Editing Instruction: redden it. Target Image Description: a red cube"
+    out = editor(
+        prompt, references=(picture(5),), num_inference_steps=10, refine_strength=0.3, seed=1
+    )
+    networks = [network for network, *_ in seen]
+    assert networks[:7] == [editor.model] * 7
+    assert len({id(network) for network in networks}) == 2
+    assert [rows for _, rows, _, _ in seen] == [3] * 7 + [2] * 3
+    assert seen[-1][3].source.shape[1] == 0
+    assert not torch.equal(networks[-1].x_embedder.proj.weight, editor.model.x_embedder.proj.weight)
+    assert out.num_forwards == 10
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_editor_needs_one_picture(editor, count):
+    with pytest.raises(UsageError, match="edits one picture"):
+        editor("x", references=tuple(picture(i) for i in range(count)), **FEW)
+
+
+def test_an_editor_keeps_what_its_mask_forbids(editor):
+    source = picture(3)
+    mask = Image.new("L", source.size)
+    mask.paste(255, (0, 0, 64, 128))
+    (image,) = editor("redden", references=(source,), mask=mask, **FEW).images
+    assert levels(image.crop((64, 0, 128, 128)), source.crop((64, 0, 128, 128))) == 0
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def test_the_reviews_own_snippet(folder, monkeypatch, tmp_path):
+    """As printed, but for the machine's having no GPU; the repository lies in the hub's cache."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, **options):
+        asked.append(repo)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    pipe = HiDreamPipeline.from_pretrained("hidream/HiDream-I1", torch_dtype=torch.float16)
+    pipe.to("cpu")
+    image = pipe(
+        prompt="A professional photograph of a modern kitchen interior",
+        num_inference_steps=30,
+        guidance_scale=7.5,
+    ).images[0]
+    assert asked == ["HiDream-ai/HiDream-I1-Full"]
+    assert image.size == (128, 128)
+    assert np.asarray(image).std() > 1
+
+
+def test_a_missing_component(folder, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    shutil.rmtree(broken / "text_encoder_2")
+    with pytest.raises(ModelError, match="text_encoder_2"):
+        load(broken, device="cpu")
+
+
+def test_it_writes_no_text(pipe):
+    with pytest.raises(ModelError, match="cannot write"):
+        pipe.describe(picture(1))
