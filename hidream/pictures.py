@@ -160,24 +160,25 @@ def write_picture(
         InputError: the file exists and may not be overwritten, or cannot be written.
     """
     kind = SUFFIXES[path.suffix.lower()]
-    unpacked = quick and kind == "PNG" and image.width * image.height <= SMALL
     options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
-    if quick and not unpacked:
+    if quick:
         options |= {"compress_level": 1, "method": 0}  # PNG's and WebP's
     profile = image.info.get("icc_profile") or b""
     if profile[16:20] == b"RGB ":
         options["icc_profile"] = profile
+    small = image.width * image.height <= SMALL
+    unpacked = quick and kind == "PNG" and small and "icc_profile" not in options
     if metadata is not None:
         options |= save_options(kind, metadata)
     image = image.copy()
     image.info = {}
-    if path.exists() and not overwrite:
+    if not overwrite and os.path.exists(path):
         raise _exists(path)
     temporary = path.with_name(f".hidream-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             if unpacked:
-                file.write(_unpacked(image, **options))
+                file.write(_unpacked(image, options.get("pnginfo")))
             else:
                 image.save(file, kind, **options)
             file.flush()
@@ -190,16 +191,12 @@ def write_picture(
         temporary.unlink(missing_ok=True)
 
 
-def _unpacked(
-    image: Image.Image, pnginfo: PngInfo | None = None, icc_profile: bytes = b""
-) -> bytes:
-    """An RGB picture as a PNG of raw rows. Pillow filters them even where it does not pack."""
+def _unpacked(image: Image.Image, texts: PngInfo | None) -> bytes:
+    """An RGB picture as a PNG of raw rows. Pillow tries all filters on them even at level 0."""
     rows = np.zeros((image.height, 1 + 3 * image.width), np.uint8)  # 0 before each: no filter
     rows[:, 1:] = np.asarray(image).reshape(image.height, -1)
     chunks = [(b"IHDR", struct.pack(">II5B", *image.size, 8, 2, 0, 0, 0))]
-    if icc_profile:
-        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc_profile)))
-    chunks += [chunk[:2] for chunk in pnginfo.chunks] if pnginfo else []
+    chunks += [chunk[:2] for chunk in texts.chunks] if texts else []
     chunks += [(b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
     parts = (
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
