@@ -178,7 +178,7 @@ def write_picture(
     try:
         with open(temporary, "xb") as file:
             if unpacked:
-                file.write(_unpacked(image, options.get("pnginfo")))
+                file.writelines(_unpacked(image, options.get("pnginfo")))
             else:
                 image.save(file, kind, **options)
             file.flush()
@@ -191,18 +191,18 @@ def write_picture(
         temporary.unlink(missing_ok=True)
 
 
-def _unpacked(image: Image.Image, texts: PngInfo | None) -> bytes:
+def _unpacked(image: Image.Image, texts: PngInfo | None) -> Iterator[bytes]:
     """An RGB picture as a PNG of raw rows. Pillow tries all filters on them even at level 0."""
     rows = np.zeros((image.height, 1 + 3 * image.width), np.uint8)  # 0 before each: no filter
     rows[:, 1:] = np.asarray(image).reshape(image.height, -1)
     chunks = [(b"IHDR", struct.pack(">II5B", *image.size, 8, 2, 0, 0, 0))]
     chunks += [chunk[:2] for chunk in texts.chunks] if texts else []
     chunks += [(b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
-    parts = (
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    yield b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks:
+        yield struct.pack(">I", len(data)) + name
+        yield data
+        yield struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
 
 
 def plan_outputs(

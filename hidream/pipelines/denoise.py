@@ -15,7 +15,7 @@ from torch import Tensor
 from hidream import sampling
 from hidream.cancel import CancelToken
 from hidream.models.o1.model import O1, Prefix
-from hidream.models.o1.patches import patchify, to_picture, unpatchify
+from hidream.models.o1.patches import patchify, to_levels, to_picture, unpatchify
 from hidream.models.o1.tokens import Tokens
 from hidream.pipelines.base import Counter
 from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
@@ -155,4 +155,4 @@ def _distinct(tokens: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
 def _pictures(
     x0: Float[Tensor, "b n p"], jobs: Sequence[O1Job], grid: tuple[int, int], patch_size: int
 ) -> list[Image.Image]:
-    return with_kept(map(to_picture, unpatchify(x0, grid, patch_size)), jobs)
+    return with_kept(map(to_picture, unpatchify(to_levels(x0), grid, patch_size)), jobs)
