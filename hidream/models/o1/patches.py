@@ -18,7 +18,7 @@ def to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
 
 def to_levels(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Values in [−1, 1] as the nearest levels of 8 bits; what lies outside is clipped."""
-    return (values.float() + 1).div_(2).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+    return (values.float() + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def to_picture(pixels: Shaped[Tensor, "3 h w"]) -> Image.Image:
