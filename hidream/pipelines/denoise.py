@@ -14,7 +14,7 @@ from torch import Tensor
 from hidream import sampling
 from hidream.cancel import CancelToken
 from hidream.models.o1.model import O1, Prefix
-from hidream.models.o1.patches import patchify, to_picture, unpatchify
+from hidream.models.o1.patches import patchify, to_levels, to_picture, unpatchify
 from hidream.models.o1.tokens import Tokens
 from hidream.pipelines.base import Counter
 from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
@@ -53,9 +53,9 @@ def denoise_batch(
     """The pictures of `jobs`, whose `batch_key`s are equal.
 
     `on_step(step, num_steps, preview)` is called after each step (1 … num_steps); `preview()`
-    gives the pictures as the model expects them now. What it raises ends the work. `prefixes`
-    holds those of earlier batches. `cancel` is looked at before every layer of every call of the
-    network and after the last step; then Cancelled is raised.
+    gives the pictures as the model expects them then, whenever it is asked. What `on_step` raises
+    ends the work. `prefixes` holds those of earlier batches. `cancel` is looked at before every
+    layer of every call of the network and after the last step; then Cancelled is raised.
     """
     request = jobs[0].request
     patch_size, grid = model.config.patch_size, jobs[0].tokens.grid
@@ -153,4 +153,4 @@ def _distinct(tokens: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
 def _pictures(
     x0: Float[Tensor, "b n p"], jobs: Sequence[O1Job], grid: tuple[int, int], patch_size: int
 ) -> list[Image.Image]:
-    return with_kept(map(to_picture, unpatchify(x0, grid, patch_size)), jobs)
+    return with_kept(map(to_picture, unpatchify(to_levels(x0), grid, patch_size)), jobs)
