@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -75,6 +76,16 @@ def source_pixels(
         pictures.append(to_tensor(source.picture))
         changeable.append((to_tensor(mask.convert("RGB")) + 1) / 2)
     return torch.stack(pictures), torch.stack(changeable)
+
+
+def sampler_of(request: GenerateRequest) -> sampling.Sampler:
+    """The sampler that a resolved request asks for; those that add noise know how much."""
+    name, scale = request.sampler or "unipc", request.noise_scale or 1.0
+    sampler = sampling.SAMPLERS[name]
+    if not name.startswith("flash"):
+        return sampler
+    clip = request.noise_clip_std or 0.0
+    return partial(sampler, noise_scale=(scale, scale), noise_clip_std=clip)
 
 
 def keeping(denoise: sampling.Denoise, sources: Tensor, changeable: Tensor) -> sampling.Denoise:
