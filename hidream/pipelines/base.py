@@ -343,6 +343,7 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.strength,
         request.sparsity,
         request.loras,
+        request.embeddings,
     )
 
 
