@@ -300,7 +300,9 @@ def find_refiner(name: str | Path, editor: Path | None = None) -> Path:
     spec, folder = locate(name)
     if spec.family != "i1":
         raise UsageError(f"{spec.name} cannot refine E1's edits.", f"Use an I1, such as {REFINER}.")
-    for part in ("in_channels", "caption_channels", "text_emb_dim") if editor else ():
+    if editor is None:
+        return folder
+    for part in ("in_channels", "caption_channels", "text_emb_dim"):
         there, here = (_transformer_config(place).get(part) for place in (folder, editor))
         if there != here:
             raise UsageError(

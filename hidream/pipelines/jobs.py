@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -84,8 +85,11 @@ def sampler_of(request: GenerateRequest) -> sampling.Sampler:
     sampler = sampling.SAMPLERS[name]
     if not name.startswith("flash"):
         return sampler
-    clip = request.noise_clip_std or 0.0
-    return partial(sampler, noise_scale=(scale, scale), noise_clip_std=clip)
+    settings: dict[str, Any] = {
+        "noise_scale": (scale, scale),
+        "noise_clip_std": request.noise_clip_std or 0.0,
+    }
+    return partial(sampler, **settings)
 
 
 def keeping(denoise: sampling.Denoise, sources: Tensor, changeable: Tensor) -> sampling.Denoise:
