@@ -344,6 +344,7 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.strength,
         request.sparsity,
         request.loras,
+        request.embeddings,
     )
 
 

@@ -17,7 +17,7 @@ from hidream.models.o1.model import O1, Prefix
 from hidream.models.o1.patches import patchify, to_levels, to_picture, unpatchify
 from hidream.models.o1.tokens import Tokens
 from hidream.pipelines.base import Counter
-from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
+from hidream.pipelines.jobs import Job, keeping, sampler_of, source_pixels, with_kept
 from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
 
@@ -82,12 +82,8 @@ def denoise_batch(
         if on_step is not None:
             on_step(step + 1, len(sigmas) - 1, lambda: _pictures(x0, jobs, grid, patch_size))
 
-    settings: dict[str, Any] = {}
-    if request.sampler.startswith("flash"):
-        settings["noise_scale"] = (request.noise_scale, request.noise_scale)
-        settings["noise_clip_std"] = request.noise_clip_std or 0.0
-    sampler = sampling.SAMPLERS[request.sampler]
-    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report, **settings)
+    sampler = sampler_of(request)
+    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report)
     if cancel is not None:
         cancel.check()
     return _pictures(x0, jobs, grid, patch_size)
