@@ -348,7 +348,8 @@ def check_ability(spec: Spec, request: GenerateRequest) -> None:
         raise UsageError(
             f"{request.width}x{request.height} is more than {spec.name} draws at once: "
             f"{spec.max_area} pixels.",
-            f"Choose a smaller size, such as {side}x{side}; I1 makes a picture larger by --init.",
+            f"Choose a smaller size, such as {side}x{side}"
+            f"{'; --init makes a picture larger' if spec.family == 'i1' else ''}.",
         )
     if "subject" not in spec.tasks:
         _check_references(spec, request)

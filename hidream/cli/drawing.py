@@ -17,7 +17,7 @@ from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
-from hidream.folder import Folder, find_refiner, locate, open_model
+from hidream.folder import Folder, components_folder, find_refiner, locate, open_model
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known
@@ -90,6 +90,8 @@ def draw(
     check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
         raise missing
+    if folder is not None and not arguments.dry_run:
+        check_reader(arguments, request, spec, folder)
     for warning in warnings:
         console.warn(warning)
     if arguments.dry_run:
@@ -208,6 +210,17 @@ def check_prompts(request: GenerateRequest, folder: Folder | None) -> None:
     from hidream.models.i1.embeddings import check_embeddings
 
     check_embeddings(request, I1Config.from_dict(folder.config) if folder is not None else None)
+
+
+def check_reader(
+    arguments: argparse.Namespace, request: GenerateRequest, spec: Spec, folder: Path
+) -> None:
+    """ModelError where an I1's Llama is not here, which would else be found after the hashing."""
+    if spec.family == "o1" or not reads_texts(request):
+        return
+    from hidream.models.i1.llama import find_llama
+
+    find_llama(components_folder(spec, folder, arguments.refiner), arguments.llama)
 
 
 def reads_texts(request: GenerateRequest) -> bool:

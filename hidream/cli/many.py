@@ -17,6 +17,7 @@ from hidream.cli.drawing import (
     check_loras,
     check_pictures,
     check_prompts,
+    check_reader,
     find_model,
     reads_texts,
     variant_is_assumed,
@@ -99,6 +100,9 @@ def draw_many(
     _check_places(arguments, orders)
     if missing is not None and not arguments.dry_run:
         raise missing
+    if path is not None and not arguments.dry_run:
+        for order in orders:
+            check_reader(arguments, order.request, spec, path)
     for warning in told.texts():
         console.warn(warning)
     if arguments.dry_run:

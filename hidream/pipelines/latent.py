@@ -97,8 +97,12 @@ def denoise_latents(
     noise = sampling.initial_noise(seeds, shape).to(device)
     edited = None
     if jobs[0].edited is not None:
-        pictures = [to_tensor(job.edited) for job in jobs if job.edited is not None]
-        edited = codec.encode(torch.stack(pictures).to(device))
+        coded = {
+            id(job.edited): codec.encode(to_tensor(job.edited)[None].to(device))
+            for job in {id(job.edited): job for job in jobs}.values()
+            if job.edited is not None
+        }
+        edited = torch.cat([coded[id(job.edited)] for job in jobs])
     work_of = _in_tiles if _is_large(model, whole) else _guided
     denoise = told(work_of(model, whole, edited))
     if refiner is not None:
