@@ -197,7 +197,7 @@ def _unpacked(image: Image.Image, texts: PngInfo | None) -> Iterator[bytes]:
     rows[:, 1:] = np.asarray(image).reshape(image.height, -1)
     chunks = [(b"IHDR", struct.pack(">II5B", *image.size, 8, 2, 0, 0, 0))]
     chunks += [chunk[:2] for chunk in texts.chunks] if texts else []
-    chunks += [(b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
+    chunks += [(b"IDAT", zlib.compress(rows.data, 0)), (b"IEND", b"")]
     yield b"\x89PNG\r\n\x1a\n"
     for name, data in chunks:
         yield struct.pack(">I", len(data)) + name
