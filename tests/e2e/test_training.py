@@ -124,7 +124,8 @@ def test_resume_is_bit_identical_in_two_processes(recipe_file, tmp_path, monkeyp
 
 def test_an_exported_run_loads_and_draws(recipe_file, tmp_path):
     from hidream.models.o1.weights import load_o1
-    from hidream.train.grids import PROMPTS, sample_pictures
+    from hidream.train.grids import PROMPTS
+    from hidream.train.o1 import sample_pictures
 
     recipe = load_recipe(recipe_file, [f"out={tmp_path / 'run'}", "grid_every=3", "processes=1"])
     train(recipe)
