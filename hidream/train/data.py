@@ -23,8 +23,14 @@ from hidream.models.o1.tokens import (
     encode_text,
 )
 from hidream.train.config import Recipe, Stage
-from hidream.train.draws import Stream, draw_noise, generator, noise_levels, task_of, weighted
-from hidream.world import tasks
+from hidream.train.draws import (
+    Stream,
+    draw_noise,
+    draw_sample,
+    generator,
+    noise_levels,
+    task_of,
+)
 from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
@@ -165,10 +171,7 @@ def _draw(
     too_long = 0
     for draw in range(MAX_DRAWS):
         place = index + draw * REDRAW
-        category = None
-        if task == "text_to_image" and stage.categories:
-            category = weighted(stage.categories, generator(recipe.seed, Stream.CATEGORY, place))
-        sample = tasks.sample(task, recipe.seed, place, category=category)
+        sample = draw_sample(recipe, stage, task, place)
         if shape is not None:
             if shape.holds(_num_words(tokenizer, sample), _num_pictures(sample)):
                 return sample, too_long

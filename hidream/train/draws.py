@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hidream.train.config import Recipe
+from hidream.train.config import Recipe, Stage
+from hidream.world import tasks
+from hidream.world.tasks import Sample
 
 
 class Stream(IntEnum):
@@ -39,6 +41,14 @@ def weighted(weights: dict[str, float], dice: np.random.Generator) -> str:
     names, values = zip(*sorted(weights.items()), strict=True)
     shares = np.cumsum(values) / sum(values)
     return str(names[int(np.searchsorted(shares, dice.random(), side="right"))])
+
+
+def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
+    """The world's sample `index` of a task, of one of the stage's categories if it names some."""
+    category = None
+    if task == "text_to_image" and stage.categories:
+        category = weighted(stage.categories, generator(recipe.seed, Stream.CATEGORY, index))
+    return tasks.sample(task, recipe.seed, index, category=category)
 
 
 def noise_levels(recipe: Recipe, batch_size: int, step: int) -> Float[Tensor, " b"]:

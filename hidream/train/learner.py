@@ -18,7 +18,12 @@ from hidream.errors import UsageError
 from hidream.train.config import Recipe
 from hidream.train.distributed import PendingSum, World
 
-FAMILIES = {"o1": "hidream.train.o1:O1Learner"}
+FAMILIES = {
+    "o1": "hidream.train.o1:O1Learner",
+    "i1": "hidream.train.i1:I1Learner",
+    "e1": "hidream.train.e1:E1Learner",
+    "vae": "hidream.train.vae:VaeLearner",
+}
 
 
 class StepBatch(Protocol):

@@ -163,10 +163,10 @@ def test_a_resume_with_other_finished_stages_is_refused(recipe_file, tmp_path):
 
 
 def test_it_learns_eight_pictures_by_heart(recipe_file, tmp_path, monkeypatch):
-    from hidream.train import data
+    from hidream.world import tasks
 
-    sample = data.tasks.sample
-    monkeypatch.setattr(data.tasks, "sample", lambda task, seed, i: sample(task, seed, i % 8))
+    sample = tasks.sample
+    monkeypatch.setattr(tasks, "sample", lambda t, seed, i, **more: sample(t, seed, i % 8, **more))
     recipe = load_recipe(
         recipe_file,
         [
