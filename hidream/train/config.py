@@ -175,7 +175,7 @@ class Recipe:
     @property
     def before(self) -> Recipe | None:
         """The run that must end before this one begins, if there is one: the autoencoder's."""
-        if not self.vae.stages:
+        if not self.vae.stages or self.init:
             return None
         return dataclasses.replace(
             self,

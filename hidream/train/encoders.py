@@ -20,7 +20,7 @@ from torch import nn
 from hidream.models.i1.config import I1Config
 from hidream.train.tokenizer import world_texts
 
-NUM_TEXTS = 6_000
+NUM_TEXTS = 3_000
 NUM_MERGES = 600
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 CLASSES = {  # for model_index.json
@@ -182,6 +182,8 @@ def _write_llama(
 
 def _save(model: nn.Module, folder: Path, seed: int) -> None:
     """With weights from `seed` that keep the size of what they read: words count most."""
+    from transformers.utils import logging
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -196,4 +198,6 @@ def _save(model: nn.Module, folder: Path, seed: int) -> None:
                 weight.copy_(drawn / weight.shape[1] ** 0.5)
                 if name.endswith(".q.weight"):  # T5 does not divide its scores by the root
                     weight.mul_((weight.shape[0] // 4) ** -0.5)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)  # type: ignore[operator]
+    logging.enable_progress_bar()

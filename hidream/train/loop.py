@@ -47,8 +47,21 @@ def train(
     Every process of `world` calls this. `stop_requested` is asked once a step; when one process
     says yes, all finish the step, and the first saves a checkpoint. Raises ModelError for a
     checkpoint that does not fit, HidreamError when the loss is no longer finite.
+
+    A run that must come before (see `Recipe.before`) is run, or resumed, first.
     """
     world = world or World()
+    if recipe.before is not None and not (recipe.before.run_dir / "model").exists():
+        begun = (recipe.before.run_dir / "checkpoints" / "latest").exists()
+        if not train(
+            recipe.before,
+            world,
+            resume=resume and begun,
+            stop_requested=stop_requested,
+            on_log=on_log,
+        ):
+            return False
+        resume = False
     device = torch.device(recipe.device)
     torch.set_flush_denormal(True)  # denormals make the first steps ten times slower
     learner = learner_of(recipe, world)

@@ -11,7 +11,8 @@ from hidream.train.config import Optimizer, Stage
 from hidream.train.distributed import World
 from hidream.train.muon import Muon
 
-INNER = (".layers.", ".blocks.", "merger")  # of decoder and vision tower
+# Matrices inside O1's decoder and vision tower, and inside I1's blocks but for gates and adaLN.
+INNER = (".layers.", ".blocks.", "merger", ".attn1.", ".experts.", ".shared_experts.", ".ff_t.")
 ADAMW_RMS = 0.2  # of what AdamW adds to a weight at rate 1, on the whole: arXiv 2502.16982
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from hidream.models.loading import quiet_imports
 from hidream.models.o1.patches import to_picture, to_tensor
 from hidream.models.vae import STEM
 from hidream.train.config import Autoencoder
@@ -54,9 +55,10 @@ class VaeLearner(Learner):
         shape, first = (recipe.vae.channels, side, side), recipe.first_sample(step)
         indices = [first + place for place in range(rank, stage.batch_size, world)]
         samples = [draw_sample(recipe, stage, task, index) for index in indices]
+        pictures = torch.stack([pixels(s.target(stage.size, stage.size)) for s in samples])
         return Pictures(
             task=task,
-            pictures=torch.stack([pixels(s.target(stage.size, stage.size)) for s in samples]),
+            pictures=pictures.contiguous(memory_format=torch.channels_last),  # a quarter faster
             noise=torch.stack([draw_noise(recipe.seed, index, shape) for index in indices]),
         )
 
@@ -106,7 +108,8 @@ def pixels(picture: Any) -> Float[Tensor, "3 h w"]:
 
 def build_vae(options: Autoencoder, seed: int) -> nn.Module:
     """One of FLUX's kind, with fresh weights drawn from `seed`."""
-    from diffusers import AutoencoderKL
+    with quiet_imports():
+        from diffusers import AutoencoderKL
 
     num_levels = len(options.widths)
     with torch.random.fork_rng(devices=[]):

@@ -168,22 +168,6 @@ I1_DEV = I1_FAST = I1_FULL
 E1_FULL = replace(I1_FULL, max_resolution=(96, 192))
 E1_1 = replace(I1_FULL, max_resolution=(128, 256))
 
-# For tests: every part is there, nothing is large.
-I1_TINY = I1Config(
-    num_layers=2,
-    num_single_layers=2,
-    num_heads=4,
-    head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    t5_size=24,
-    llama_size=40,
-    pooled_size=20,
-    rope_dims=(8, 4, 4),
-    max_resolution=(16, 16),
-    llama_layers=(0, 1, 2, 2),
-)
-
 # Trained by this project's recipes: pictures of 64×64 in latents of 8 channels.
 I1_NANO = I1Config(
     num_layers=2,
@@ -201,6 +185,23 @@ I1_NANO = I1Config(
 )
 E1_NANO = replace(I1_NANO, max_resolution=(8, 16))
 
+# For tests: every part is there, nothing is large.
+I1_TINY = I1Config(
+    num_layers=2,
+    num_single_layers=2,
+    num_heads=4,
+    head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    t5_size=24,
+    llama_size=40,
+    pooled_size=20,
+    rope_dims=(8, 4, 4),
+    max_resolution=(16, 16),
+    llama_layers=(0, 1, 2, 2),
+)
+E1_TINY = replace(I1_TINY, max_resolution=(16, 32))
+
 SIZES = {
     "i1-full": I1_FULL,
     "i1-dev": I1_DEV,
@@ -210,4 +211,5 @@ SIZES = {
     "i1-nano": I1_NANO,
     "e1-nano": E1_NANO,
     "i1-tiny": I1_TINY,
+    "e1-tiny": E1_TINY,
 }
