@@ -100,12 +100,11 @@ class I1Learner(Learner):
                 f"there is no autoencoder in {vae}.",
                 "Give the recipe [[vae.stages]], or init=FOLDER with a whole I1.",
             )
-        if not recipe.init:
-            if world.main and not texts.exists():
-                encoders.write_encoders(
-                    texts, self.config, num_tokens=recipe.num_tokens, seed=recipe.seed
-                )
-            world.barrier()
+        if world.main and not texts.exists():
+            encoders.write_encoders(
+                texts, self.config, num_tokens=recipe.num_tokens, seed=recipe.seed
+            )
+        world.barrier()
         self.texts, self.vae = texts, vae
         self.codec = LatentCodec.open(vae)
         self.encoders = self._open_encoders()
@@ -161,11 +160,12 @@ class I1Learner(Learner):
         return self.codec.encode(torch.stack([pixels(picture) for picture in pictures]))
 
     def losses(self, model: I1, batch: LatentBatch, labels: PendingSum) -> Losses:
+        """`load_max`: of the busiest expert of all blocks, over the mean."""
         objective = self.recipe.objective
-        x_t = add_noise(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
+        x_t = add_noise(batch.x0, batch.noise, batch.sigma)
         with self.precision():
             prediction = model(x_t, batch.sigma, batch.features, source=batch.source)
-        velocity = objective.noise_scale * batch.noise - batch.x0
+        velocity = batch.noise - batch.x0
         total = velocity_loss(
             prediction.velocity, velocity, batch.sigma, objective.t_power, batch.weight
         )
@@ -173,8 +173,7 @@ class I1Learner(Learner):
         if prediction.balance_loss is not None and prediction.expert_loads is not None:
             total = total + objective.balance_weight * prediction.balance_loss.float()
             parts["loss_balance"] = prediction.balance_loss.detach()
-            most = prediction.expert_loads.amax(dim=1) * self.config.num_experts  # of the mean
-            parts |= {"load_max": most.max(), "load_mean_of_max": most.mean()}
+            parts["load_max"] = prediction.expert_loads.max() * self.config.num_experts
         return Losses(total, parts)
 
     def blocks(self, model: I1) -> Sequence[nn.Module]:
