@@ -267,13 +267,19 @@ def _spec_of(path: Path, *, name: str, base: Spec | None, variant: str | None) -
     settings, place = _settings(path), transformer_folder(path)
     if place is None:
         return registry.of_folder(settings, name=name, base=base, variant=variant)
-    height, width = _resolution(_optional_json(place / "config.json"))
+    height, width = _resolution(_transformer_config(path))
     family = "e1" if width == 2 * height else "i1"
     if base is None and (height, width) == (96, 192):
         base = replace(registry.find("e1-full"), repo=None, description="")
     spec = registry.of_folder(settings, name=name, base=base, variant=variant, family=family)
     area = height * width * LATENT_AREA // (2 if family == "e1" else 1)
     return registry.limited(spec, area)
+
+
+def _transformer_config(path: Path) -> dict[str, Any]:
+    """The configuration of an I1's or E1's transformer, {} where there is none."""
+    place = transformer_folder(path)
+    return _optional_json(place / "config.json") if place is not None else {}
 
 
 def _resolution(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -286,14 +292,23 @@ def _resolution(config: Mapping[str, Any]) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def find_refiner(name: str | Path) -> Path:
-    """The folder of the I1 that finishes E1's edits.
+def find_refiner(name: str | Path, editor: Path | None = None) -> Path:
+    """The folder of the I1 that finishes E1's edits: those of the E1 in `editor`, if given.
 
-    Raises UsageError where the model is none, and as `locate` does.
+    Raises UsageError where the model is none or reads other latents or texts, and as `locate` does.
     """
     spec, folder = locate(name)
     if spec.family != "i1":
         raise UsageError(f"{spec.name} cannot refine E1's edits.", f"Use an I1, such as {REFINER}.")
+    if editor is None:
+        return folder
+    for part in ("in_channels", "caption_channels", "text_emb_dim"):
+        there, here = (_transformer_config(place).get(part) for place in (folder, editor))
+        if there != here:
+            raise UsageError(
+                f"{spec.name} cannot refine this E1's edits: its {part} is {there}, not {here}.",
+                "Use the I1 that it was tuned from.",
+            )
     return folder
 
 

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from hidream.errors import InputError, UsageError
 from hidream.metadata import Texts, find_texts, read_note, save_options
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-UNPACKED_PIXELS = 256 * 256  # up to here a preview is written faster than it is packed
+SMALL = 512 * 512  # pixels; up to here a preview is written faster than it is packed
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 8192 * 8192  # of a picture that is read
 MAX_BYTES = 512 * 2**20  # of a file that is read
@@ -152,29 +154,33 @@ def write_picture(
 
     `metadata` is the note that `hidream.metadata` puts into it. Nothing else that a picture brings
     along from its source goes out with it, except its colour profile. `quick`, for previews, does
-    not wait for the disk and packs a PNG less tightly, or not at all where it is small.
+    not wait for the disk and packs less tightly, a small PNG not at all.
 
     Raises:
         InputError: the file exists and may not be overwritten, or cannot be written.
     """
     kind = SUFFIXES[path.suffix.lower()]
-    options: dict[str, Any] = {"quality": 95}
-    if kind == "PNG":
-        small = image.width * image.height <= UNPACKED_PIXELS
-        options = {"compress_level": 0 if small else 1} if quick else {}
+    options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
+    if quick:
+        options |= {"compress_level": 1, "method": 0}  # PNG's and WebP's
     profile = image.info.get("icc_profile") or b""
     if profile[16:20] == b"RGB ":
         options["icc_profile"] = profile
+    small = image.width * image.height <= SMALL
+    unpacked = quick and kind == "PNG" and small and "icc_profile" not in options
     if metadata is not None:
         options |= save_options(kind, metadata)
     image = image.copy()
     image.info = {}
-    if path.exists() and not overwrite:
+    if not overwrite and os.path.exists(path):
         raise _exists(path)
     temporary = path.with_name(f".hidream-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            image.save(file, kind, **options)
+            if unpacked:
+                file.writelines(_unpacked(image, options.get("pnginfo")))
+            else:
+                image.save(file, kind, **options)
             file.flush()
             if not quick:
                 os.fsync(file.fileno())
@@ -183,6 +189,20 @@ def write_picture(
         raise InputError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unpacked(image: Image.Image, texts: PngInfo | None) -> Iterator[bytes]:
+    """An RGB picture as a PNG of raw rows. Pillow tries all filters on them even at level 0."""
+    rows = np.zeros((image.height, 1 + 3 * image.width), np.uint8)  # 0 before each: no filter
+    rows[:, 1:] = np.asarray(image).reshape(image.height, -1)
+    chunks = [(b"IHDR", struct.pack(">II5B", *image.size, 8, 2, 0, 0, 0))]
+    chunks += [chunk[:2] for chunk in texts.chunks] if texts else []
+    chunks += [(b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
+    yield b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks:
+        yield struct.pack(">I", len(data)) + name
+        yield data
+        yield struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
 
 
 def plan_outputs(

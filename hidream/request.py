@@ -284,8 +284,10 @@ def resolve(
         width, height = _canvas(request, source_size, expand)
     else:
         width, height = _resolved_size(request, defaults, patch_size, source_size, keep_aspect)
-        if request.as_published:
-            scale = math.sqrt(defaults.width * defaults.height / (width * height))
+        native = defaults.width * defaults.height
+        scaled = width * height <= native < (width + patch_size) * (height + patch_size)
+        if request.as_published and not scaled:
+            scale = math.sqrt(native / (width * height))
             width, height = (
                 max(1, int(side * scale // patch_size)) * patch_size for side in (width, height)
             )
@@ -346,7 +348,8 @@ def check_ability(spec: Spec, request: GenerateRequest) -> None:
         raise UsageError(
             f"{request.width}x{request.height} is more than {spec.name} draws at once: "
             f"{spec.max_area} pixels.",
-            f"Choose a smaller size, such as {side}x{side}; I1 makes a picture larger by --init.",
+            f"Choose a smaller size, such as {side}x{side}"
+            f"{'; --init makes a picture larger' if spec.family == 'i1' else ''}.",
         )
     if "subject" not in spec.tasks:
         _check_references(spec, request)
@@ -407,6 +410,11 @@ def warnings_of(
     if off and asked.negative_prompt and asked.negative_prompt.strip():
         found.append(
             f"the negative prompt has no effect: guidance_scale={resolved.guidance_scale:g} is "
+            "off (1 or less)."
+        )
+    if off and asked.image_guidance_scale is not None:
+        found.append(
+            f"image_guidance_scale has no effect: guidance_scale={resolved.guidance_scale:g} is "
             "off (1 or less)."
         )
     if spec is not None and resolved.sparsity:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hidream.camera import CAMERA
 from hidream.errors import HidreamError, InputError
+from hidream.registry import VARIANTS
 from hidream.request import GenerateRequest, warnings_of
 
 # Fields that hold pictures -> what messages call them, and how one is given anew.
@@ -75,7 +77,7 @@ def read_again(picture: str, given: Mapping[str, Any]) -> Again:
         fields=fields,
         carried=_carried(picture, note, fields, given),
         model=str(name) if name else None,
-        variant=variant if variant in ("full", "dev") else None,
+        variant=variant if variant in VARIANTS else None,
         digest=_text(model, "digest"),
         dtype=DTYPES.get(_text(note, "dtype") or ""),
         weights=_text(note, "weights"),
@@ -91,9 +93,15 @@ def merged(again: Again, given: Mapping[str, Any]) -> dict[str, Any]:
 
     What follows from something that is given anew is not taken from the picture: the number of
     pictures from the seeds, the sigmas from steps and shift, the size from the source's aspect or
-    its expansion, the panels' size from the sheet's or the other way round.
+    its expansion, the panels' size from the sheet's or the other way round, prompts from their
+    embedding file or the other way round.
     """
     found = dict(again.fields)
+    prompts = {"prompt", "negative_prompt", "encoder_prompts", *CAMERA}
+    if "embeddings" in given:
+        found = {name: value for name, value in found.items() if name not in prompts}
+    elif prompts & set(given):
+        found.pop("embeddings", None)
     if {"seed", "num_images"} & set(given):
         found.pop("num_images", None)
     if {"num_inference_steps", "shift", "sigmas"} & set(given):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hidream.cli.arguments import Parser, add_drawing, request_fields
 from hidream.cli.drawing import draw
-from hidream.errors import UsageError
+from hidream.errors import HidreamError, UsageError
 
 STRENGTH = 0.4  # of the pass that blends the edge
 EXAMPLES = """\
@@ -48,13 +50,23 @@ def run(argv: list[str]) -> int:
         )
     if not 1 <= arguments.band <= 512:
         raise UsageError(f"--band {arguments.band} is not between 1 and 512.")
-    picture, edge = _composed(arguments)
-    fields = {"init_image": str(picture), "mask": str(edge), "strength": STRENGTH}
-    return draw(arguments, {**fields, **given})
+    if not 0 < arguments.scale < math.inf:
+        raise UsageError(f"--scale {arguments.scale} is not a number above 0.")
+    with TemporaryDirectory() as nowhere:
+        places = _composed(arguments, Path(nowhere) if arguments.dry_run else None)
+        picture, edge = map(str, places)
+        fields = {"init_image": picture, "mask": edge, "strength": STRENGTH}
+        try:
+            return draw(arguments, {**fields, **given})
+        except HidreamError:
+            for place in places:
+                place.unlink(missing_ok=True)
+            raise
 
 
-def _composed(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """The files that the pass starts from: the raw composite and its edge."""
+def _composed(arguments: argparse.Namespace, folder: Path | None) -> tuple[Path, Path]:
+    """The files that the pass starts from: the raw composite and its edge, beside the result or
+    in another folder."""
     from hidream.compositing import composite
     from hidream.pictures import check_outputs, read_mask, read_picture, write_picture
 
@@ -67,7 +79,11 @@ def _composed(arguments: argparse.Namespace) -> tuple[Path, Path]:
     output = Path(arguments.output or "out.png").expanduser()
     stem = output.stem.replace("{seed}", "").replace("{index}", "").strip("-_") or "out"
     places = tuple(output.with_name(f"{stem}-{part}.png") for part in ("composite", "edge"))
-    check_outputs(places, overwrite=arguments.overwrite, num_bytes=2**20, make_folders=True)
+    check_outputs(
+        places, overwrite=arguments.overwrite, num_bytes=2**20, make_folders=folder is None
+    )
+    if folder is not None:
+        places = tuple(folder / place.name for place in places)
     for picture, place in zip((made.picture, made.edge.convert("RGB")), places, strict=True):
         write_picture(picture, place, None, overwrite=arguments.overwrite)
     return places[0], places[1]
@@ -76,6 +92,8 @@ def _composed(arguments: argparse.Namespace) -> tuple[Path, Path]:
 def _place(text: str) -> tuple[float, float]:
     try:
         x, y = (float(part) for part in text.split(","))
+        if not (math.isfinite(x) and math.isfinite(y)):
+            raise ValueError("no place")
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f'"{text}" is no place; write X,Y, as in 0.5,0.8'

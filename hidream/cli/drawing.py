@@ -16,8 +16,8 @@ from hidream.cli.loading import check_memory, load_pipeline
 from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
-from hidream.errors import InputError, ModelError, UsageError
-from hidream.folder import Folder, find_refiner, locate, open_model
+from hidream.errors import ModelError, UsageError
+from hidream.folder import Folder, components_folder, find_refiner, locate, open_model
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known
@@ -83,12 +83,15 @@ def draw(
     )
     check_ability(spec, request)
     if request.refine_strength and not arguments.dry_run:
-        find_refiner(arguments.refiner)
+        find_refiner(arguments.refiner, folder)
     warnings += [told for told in warnings_of(asked, request, spec) if told not in again.warnings]
     opened = open_model(folder) if folder is not None else None
+    check_prompts(request, opened)
     check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
         raise missing
+    if folder is not None and not arguments.dry_run:
+        check_reader(arguments, request, spec, folder)
     for warning in warnings:
         console.warn(warning)
     if arguments.dry_run:
@@ -119,8 +122,7 @@ def _draw(
         named = {name: getattr(request, name) for name in PICTURES}  # not those carried inside
         return note_of(replace(ran, **named), seed, pipe, digest, inputs)
 
-    embedded = request.embeddings is not None
-    pipe = load_pipeline(arguments, model, request.model, text_encoders=not embedded)
+    pipe = load_pipeline(arguments, model, request.model, text_encoders=reads_texts(request))
     if difference := differences(again, pipe):
         _warn(difference, warnings)
     batches = list(_batches(with_carried(request, again.carried), paths))
@@ -180,30 +182,54 @@ def _request(
     if again.model and model != again.model:
         warnings.append(f"the settings come from a picture of {again.model}, not of {model}.")
     values = merged(again, given)
-    if values.get("embeddings") is not None:
-        values = with_embeddings(values)
+    values = with_embeddings(values)
     if "prompt" not in values:
         raise UsageError("there is no prompt.", 'Write it first: hidream generate "a red cube".')
     return model, GenerateRequest.from_dict(values)
 
 
 def with_embeddings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's fields with the prompts of its embedding file, where they give none.
-
-    Raises InputError where the file was made of another prompt.
-    """
+    """A request's fields with the prompts of its embedding file, if any, where they give none."""
+    if values.get("embeddings") is None:
+        return dict(values)
     from hidream.models.i1.embeddings import read_texts
 
     texts, negative = read_texts(values["embeddings"])
     found = {"prompt": texts.t5, "encoder_prompts": texts.apart(texts.t5)}
     if negative is not None:
         found["negative_prompt"] = negative.t5
-    if values.get("prompt", texts.t5) != texts.t5:
-        raise InputError(
-            f'{values["embeddings"]} was made of another prompt: "{texts.t5[:80]}".',
-            "Leave the prompt out, or make the file again: hidream embed.",
-        )
     return {**found, **values}
+
+
+def check_prompts(request: GenerateRequest, folder: Folder | None) -> None:
+    """InputError where an embedding file holds other prompts than the request, or another model's
+    reading of them, as far as the model is here."""
+    if request.embeddings is None:
+        return
+    from hidream.models.i1.config import I1Config
+    from hidream.models.i1.embeddings import check_embeddings
+
+    check_embeddings(request, I1Config.from_dict(folder.config) if folder is not None else None)
+
+
+def check_reader(
+    arguments: argparse.Namespace, request: GenerateRequest, spec: Spec, folder: Path
+) -> None:
+    """ModelError where an I1's Llama is not here, which would else be found after the hashing."""
+    if spec.family == "o1" or not reads_texts(request):
+        return
+    from hidream.models.i1.llama import find_llama
+
+    find_llama(components_folder(spec, folder, arguments.refiner), arguments.llama)
+
+
+def reads_texts(request: GenerateRequest) -> bool:
+    """Whether text encoders are needed: an embedding file holds no description of a target."""
+    if request.embeddings is None:
+        return True
+    from hidream.models.e1 import target_description
+
+    return bool(request.refine_strength) and target_description(request.full_prompt) is not None
 
 
 def _settle(arguments: argparse.Namespace, again: Again, *, same_model: bool) -> None:

@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     add_json(parser)
     arguments = parser.parse(argv)
     prompt = clean_prompt(arguments.prompt)
-    negative = clean_prompt(arguments.negative, "negative_prompt", may_be_empty=True)
+    negative = clean_prompt(arguments.negative, "negative_prompt", may_be_empty=True).strip()
     output = Path(arguments.output).expanduser()
     if output.suffix != ".safetensors":
         raise InputError(f"{output} is no name of an embedding file.", "End it in .safetensors.")

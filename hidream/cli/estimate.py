@@ -203,7 +203,7 @@ def latent_batch(
     edits = spec.family == "e1"
     area = (request.width or 1) * (request.height or 1)
     whole = area <= MAX_WHOLE * 8**2
-    guided = (request.guidance_scale or 0) > 1 or edits
+    guided = (request.guidance_scale or 0) > 1
     return BatchSize(
         num_pictures=num_pictures,
         num_branches=(3 if edits else 2) if guided else 1,

@@ -16,9 +16,13 @@ from hidream.cli.drawing import (
     COUNTS,
     check_loras,
     check_pictures,
+    check_prompts,
+    check_reader,
     find_model,
+    reads_texts,
     variant_is_assumed,
     warn_not_here,
+    with_embeddings,
 )
 from hidream.cli.loading import load_pipeline
 from hidream.cli.previews import Previews, check_previews
@@ -96,6 +100,9 @@ def draw_many(
     _check_places(arguments, orders)
     if missing is not None and not arguments.dry_run:
         raise missing
+    if path is not None and not arguments.dry_run:
+        for order in orders:
+            check_reader(arguments, order.request, spec, path)
     for warning in told.texts():
         console.warn(warning)
     if arguments.dry_run:
@@ -126,7 +133,7 @@ def _asked(
 ) -> GenerateRequest:
     """The flags' fields with the line's over them; its seeds are drawn."""
     with located(line.where):
-        request = GenerateRequest.from_dict({**given, **line.fields})
+        request = GenerateRequest.from_dict(with_embeddings({**given, **line.fields}))
         if needs_reference and not request.references:
             raise UsageError("there is no reference picture.", needs_reference)
         draft = resolve(request, spec.defaults_for(request.task), spec.patch_size)
@@ -164,6 +171,7 @@ class _Checks:
         self, arguments: argparse.Namespace, spec: Spec, folder: Folder | None, told: Told
     ) -> None:
         self.arguments, self.spec, self.folder, self.told = arguments, spec, folder, told
+        self.path = folder.path if folder is not None else None
         self.pictures: dict[Any, tuple[tuple[int, int] | None, list[str], Inputs]] = {}
         self.loras: dict[Any, list[str]] = {}
 
@@ -177,7 +185,8 @@ class _Checks:
             )
             check_ability(self.spec, request)
             if request.refine_strength and not self.arguments.dry_run:
-                find_refiner(self.arguments.refiner)
+                find_refiner(self.arguments.refiner, self.path)
+            check_prompts(request, self.folder)
             warnings = [
                 *warnings,
                 *warnings_of(asked, request, self.spec),
@@ -252,7 +261,8 @@ def _draw(
     from hidream.pictures import write_picture
 
     digest = None if arguments.no_metadata else model_digest(folder)
-    pipe = load_pipeline(arguments, model, orders[0].request.model)
+    needed = any(reads_texts(order.request) for order in orders)
+    pipe = load_pipeline(arguments, model, orders[0].request.model, text_encoders=needed)
 
     def note(part: Order, ran: GenerateRequest, seed: int) -> dict[str, Any] | None:
         return None if arguments.no_metadata else note_of(ran, seed, pipe, digest, part.inputs)

@@ -202,8 +202,9 @@ class Pipeline(ABC):
         Requests that share size, sampling settings and LoRAs are denoised together, up to 16
         pictures at a time; the results come in the requests' order, each as if it had been alone,
         within fp32 rounding (`deterministic=True`: to the bit). `on_step(step, num_steps, preview)`
-        is called after each step, `preview()` gives the pictures so far; what it raises ends the
-        call. So does `cancel.cancel()`, from any thread and within a step.
+        is called after each step, `preview()` gives the pictures at that step, then or later; what
+        `on_step` raises ends the call. So does `cancel.cancel()`, from any thread and within a
+        step.
 
         Raises Cancelled after that; no picture is given then.
         """
@@ -343,6 +344,7 @@ def batch_key(request: GenerateRequest) -> tuple:
         request.strength,
         request.sparsity,
         request.loras,
+        request.embeddings,
     )
 
 

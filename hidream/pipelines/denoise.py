@@ -14,10 +14,10 @@ from torch import Tensor
 from hidream import sampling
 from hidream.cancel import CancelToken
 from hidream.models.o1.model import O1, Prefix
-from hidream.models.o1.patches import patchify, to_picture, unpatchify
+from hidream.models.o1.patches import patchify, to_levels, to_picture, unpatchify
 from hidream.models.o1.tokens import Tokens
 from hidream.pipelines.base import Counter
-from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
+from hidream.pipelines.jobs import Job, keeping, sampler_of, source_pixels, with_kept
 from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
 
@@ -53,9 +53,9 @@ def denoise_batch(
     """The pictures of `jobs`, whose `batch_key`s are equal.
 
     `on_step(step, num_steps, preview)` is called after each step (1 … num_steps); `preview()`
-    gives the pictures as the model expects them now. What it raises ends the work. `prefixes`
-    holds those of earlier batches. `cancel` is looked at before every layer of every call of the
-    network and after the last step; then Cancelled is raised.
+    gives the pictures as the model expects them then, whenever it is asked. What `on_step` raises
+    ends the work. `prefixes` holds those of earlier batches. `cancel` is looked at before every
+    layer of every call of the network and after the last step; then Cancelled is raised.
     """
     request = jobs[0].request
     patch_size, grid = model.config.patch_size, jobs[0].tokens.grid
@@ -82,12 +82,8 @@ def denoise_batch(
         if on_step is not None:
             on_step(step + 1, len(sigmas) - 1, lambda: _pictures(x0, jobs, grid, patch_size))
 
-    settings: dict[str, Any] = {}
-    if request.sampler.startswith("flash"):
-        settings["noise_scale"] = (request.noise_scale, request.noise_scale)
-        settings["noise_clip_std"] = request.noise_clip_std or 0.0
-    sampler = sampling.SAMPLERS[request.sampler]
-    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report, **settings)
+    sampler = sampler_of(request)
+    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report)
     if cancel is not None:
         cancel.check()
     return _pictures(x0, jobs, grid, patch_size)
@@ -153,4 +149,4 @@ def _distinct(tokens: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
 def _pictures(
     x0: Float[Tensor, "b n p"], jobs: Sequence[O1Job], grid: tuple[int, int], patch_size: int
 ) -> list[Image.Image]:
-    return with_kept(map(to_picture, unpatchify(x0, grid, patch_size)), jobs)
+    return with_kept(map(to_picture, unpatchify(to_levels(x0), grid, patch_size)), jobs)

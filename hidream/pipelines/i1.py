@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
-from hidream.errors import InputError
+from hidream.errors import ModelError
 from hidream.folder import REFINER, components_folder, find_refiner
 from hidream.memory import AUTO, Policy
 from hidream.models.e1 import target_description
-from hidream.models.i1.embeddings import load_embeddings
-from hidream.models.i1.model import I1
-from hidream.models.i1.text import TextEncoders, Texts
+from hidream.models.i1.embeddings import check_embeddings, load_embeddings
+from hidream.models.i1.model import I1, Features
+from hidream.models.i1.text import TextEncoders, Texts, texts_of
 from hidream.models.i1.weights import load_i1, open_i1
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.vae import LatentCodec
@@ -38,8 +38,10 @@ class I1Pipeline(Pipeline):
         encoders: TextEncoders,
         codec: LatentCodec,
         refiner: str | Path = REFINER,
+        folder: Path | None = None,
     ):
         self._refiner_name = refiner
+        self._folder = folder
         self._refiner: I1 | None = None
         self.spec = spec
         self.model = model
@@ -62,6 +64,7 @@ class I1Pipeline(Pipeline):
         refiner: str | Path = REFINER,
         text_encoders: bool = True,
     ) -> I1Pipeline:
+        config = open_i1(folder)[1]
         parts = components_folder(spec, folder, refiner)
         encoders = TextEncoders({}, device=device, dtype=dtype)
         if text_encoders:
@@ -74,10 +77,16 @@ class I1Pipeline(Pipeline):
                 piecewise=policy.piecewise,
                 max_kept=prefix_bytes,
             )
-            encoders.check(open_i1(folder)[1])
+            encoders.check(config)
         codec = LatentCodec.open(parts / "vae", device=device, dtype=dtype, keep=not policy.lends)
+        if codec.channels != config.in_channels:
+            raise ModelError(
+                f"the VAE in {parts} has latents of {codec.channels} channels; this transformer "
+                f"reads {config.in_channels}.",
+                "Use the VAE of its own repository.",
+            )
         model = load_i1(folder, device=device, dtype=dtype, memory=policy)
-        return cls(spec, model, encoders, codec, refiner)
+        return cls(spec, model, encoders, codec, refiner, folder)
 
     @property
     def device(self) -> torch.device:
@@ -118,17 +127,16 @@ class I1Pipeline(Pipeline):
             cancel=cancel,
         )
 
-    def _take(self, path: str | Path, texts: Texts) -> None:
-        """Have the encoders know what a file says of these texts, and of its negative prompt."""
-        found = load_embeddings(path, self.model.config)
-        if found.texts != texts:
-            raise InputError(
-                f'{path} was made of another prompt: "{found.texts.t5[:80]}".',
-                "Leave the prompt out, or make the file again: hidream embed.",
-            )
-        self.encoders.give(texts, found.features)
+    def _given(self, request: GenerateRequest) -> dict[Texts, Features]:
+        """What the request's embedding file says of its prompt, and of a negative prompt."""
+        if request.embeddings is None:
+            return {}
+        check_embeddings(request, self.model.config, alone=not self.encoders.num_params)
+        found = load_embeddings(request.embeddings, self.model.config)
+        given = {found.texts: found.features}
         if found.negative_texts is not None and found.negative is not None:
-            self.encoders.give(found.negative_texts, found.negative)
+            given[found.negative_texts] = found.negative
+        return given
 
     def _refining(self) -> I1:
         """The I1 that finishes edits. Its own weights: the LoRAs are the editor's."""
@@ -144,23 +152,24 @@ class I1Pipeline(Pipeline):
     def _plan(self, asked: GenerateRequest) -> Plan:
         request, references, initial = self._resolved(asked)
         references, source = find_source(request, references, initial)
-        texts = Texts.of(request.full_prompt, dict(request.encoder_prompts))
-        negative = Texts.of((request.negative_prompt or "").strip())
-        if request.embeddings is not None:
-            self._take(request.embeddings, texts)
+        texts, negative = texts_of(request)
+        given = self._given(request)
         edited = target = None
         if self.spec.family == "e1":
             edited = resized(references[0], request)
         if request.refine_strength:
-            find_refiner(self._refiner_name)
-            target = Texts.of(target_description(request.full_prompt) or request.full_prompt)
+            find_refiner(self._refiner_name, self._folder)
+            described = target_description(request.full_prompt)
+            target = texts if described is None else Texts.of(described)
         loras, told = self._loras(request, self.model)
         jobs = [
-            LatentJob(request, seed, texts, negative, edited, target, source=source, loras=loras)
+            LatentJob(
+                *(request, seed, texts, negative, edited, target, given),
+                source=source,
+                loras=loras,
+            )
             for seed in request.seeds
         ]
-        return Plan(
-            request,
-            jobs,
-            (*warnings_of(asked, request, self.spec), *told, *self.encoders.cut(texts)),
-        )
+        with self._turn:  # the tokenizers are not to be shared either
+            cut = () if texts in given else self.encoders.cut(texts)
+        return Plan(request, jobs, (*warnings_of(asked, request, self.spec), *told, *cut))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -75,6 +77,19 @@ def source_pixels(
         pictures.append(to_tensor(source.picture))
         changeable.append((to_tensor(mask.convert("RGB")) + 1) / 2)
     return torch.stack(pictures), torch.stack(changeable)
+
+
+def sampler_of(request: GenerateRequest) -> sampling.Sampler:
+    """The sampler that a resolved request asks for; those that add noise know how much."""
+    name, scale = request.sampler or "unipc", request.noise_scale or 1.0
+    sampler = sampling.SAMPLERS[name]
+    if not name.startswith("flash"):
+        return sampler
+    settings: dict[str, Any] = {
+        "noise_scale": (scale, scale),
+        "noise_clip_std": request.noise_clip_std or 0.0,
+    }
+    return partial(sampler, **settings)
 
 
 def keeping(denoise: sampling.Denoise, sources: Tensor, changeable: Tensor) -> sampling.Denoise:

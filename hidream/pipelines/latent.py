@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,12 @@ from torch import Tensor
 from hidream import sampling
 from hidream.cancel import CancelToken
 from hidream.models.e1 import edit_steps
-from hidream.models.i1.model import I1, Prefix
+from hidream.models.i1.model import I1, Features, Prefix
 from hidream.models.i1.text import TextEncoders, Texts
 from hidream.models.o1.patches import to_picture, to_tensor
 from hidream.models.vae import LatentCodec
 from hidream.pipelines.base import Counter, OnStep
-from hidream.pipelines.jobs import Job, keeping, source_pixels, with_kept
+from hidream.pipelines.jobs import Job, keeping, sampler_of, source_pixels, with_kept
 from hidream.request import GenerateRequest
 from hidream.tiling import join, seamless, split, wrap
 
@@ -32,13 +32,14 @@ class LatentJob(Job):
     """`texts` and `negative`: what the encoders read for the two branches.
 
     `edited`: the picture that an E1 changes, at the result's size; `target`: what an I1 then reads
-    to refine the result.
+    to refine the result; `given`: what an embedding file says of some of these texts.
     """
 
     texts: Texts
     negative: Texts
     edited: Image.Image | None = None
     target: Texts | None = None
+    given: Mapping[Texts, Features] = field(default_factory=dict)
 
 
 def sigmas_of(request: GenerateRequest, *, distilled: bool) -> Float[Tensor, " num_steps_plus_1"]:
@@ -96,8 +97,12 @@ def denoise_latents(
     noise = sampling.initial_noise(seeds, shape).to(device)
     edited = None
     if jobs[0].edited is not None:
-        pictures = [to_tensor(job.edited) for job in jobs if job.edited is not None]
-        edited = codec.encode(torch.stack(pictures).to(device))
+        coded = {
+            id(job.edited): codec.encode(to_tensor(job.edited)[None].to(device))
+            for job in {id(job.edited): job for job in jobs}.values()
+            if job.edited is not None
+        }
+        edited = torch.cat([coded[id(job.edited)] for job in jobs])
     work_of = _in_tiles if _is_large(model, whole) else _guided
     denoise = told(work_of(model, whole, edited))
     if refiner is not None:
@@ -130,7 +135,7 @@ def denoise_latents(
         if on_step is not None:
             on_step(step + 1, len(sigmas) - 1, lambda: decoded(x0))
 
-    sampler = sampling.SAMPLERS[request.sampler or "unipc"]
+    sampler = sampler_of(request)
     x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report)
     if cancel is not None:
         cancel.check()
@@ -195,7 +200,7 @@ def _is_large(model: I1, work: _Work) -> bool:
 def _in_tiles(model: I1, work: _Work, sources: Tensor | None) -> sampling.Denoise:
     """The velocity of a picture that is too large for the network, from tiles as large as it can.
 
-    A side that is shorter than a tile leaves the rest to the other one.
+    Tiles are squares, but where the picture is narrower: there they are as wide as it is.
     """
     unit = model.config.patch_size
     side = math.isqrt(model.config.max_patches) * unit
@@ -231,7 +236,7 @@ def _read(model: I1, work: _Work, rows: Sequence[sampling.Row], sources: Tensor 
         source = torch.stack([none if i is None else sources[i] for _, i in distinct])
     work.counter.num_prefills += len(distinct)
     prefix = model.prefill(
-        work.encoders.encode([texts for texts, _ in distinct]),
+        work.encoders.encode([texts for texts, _ in distinct], jobs[0].given),
         height=work.size[0],
         width=work.size[1],
         source=source,

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ Noise = Callable[[int], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], object]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What every function of `SAMPLERS` can be called with."""
 

@@ -98,6 +98,55 @@ def test_embeddings_stand_for_the_encoders(place, capsys):
     assert 'made of another prompt: "a tree"' in capsys.readouterr().err
 
 
+def test_embeddings_are_checked_before_anything_is_loaded(place, folders, capsys):
+    assert main(["embed", "a tree", "-n", " blur ", "-m", "./i1", "-o", "tree.safetensors"]) == 0
+    other = replace(I1_TINY, llama_size=48)
+    tiny_i1.save_i1(tiny_i1.random_i1(other), place / "other" / "transformer")
+    for flags, said in (
+        (["-n", "other"], 'holds the negative prompt "blur"'),
+        (["--shot", "close-up"], "another prompt"),
+        (["--encoder-prompt", "llama", "x"], "another prompt"),
+        (["-m", "./other"], "is for another model"),
+    ):
+        capsys.readouterr()
+        assert main(["generate", "--embeddings", "tree.safetensors", "-m", "./i1", *flags]) == 3
+        told = capsys.readouterr().err
+        assert said in told
+        assert "loading" not in told
+
+
+def test_embeddings_in_a_prompt_file_and_made_again(place, capsys):
+    for name in ("tree", "cube"):
+        assert main(["embed", f"a {name}", "-m", "./i1", "-o", f"{name}.safetensors"]) == 0
+    lines = [json.dumps({"embeddings": f"{name}.safetensors"}) for name in ("tree", "cube")]
+    (place / "lines.txt").write_text("\n".join(lines))
+    many = ["--prompt-file", "lines.txt", "-m", "./gated", *FEW, "-o", "{index}.png"]
+    assert main(["generate", *many]) == 0
+    for number, name in (("0", "tree"), ("1", "cube")):
+        assert main(["generate", f"a {name}", "-m", "./i1", *FEW, "-o", f"{name}.png"]) == 0
+        assert (pixels(f"{name}.png") == pixels(f"{number}.png")).all()
+    # A new prompt is not that of the file, and a new file not that of the prompt.
+    assert main(["generate", "a cube", "--from", "0.png", "-m", "./i1", "-o", "new.png"]) == 0
+    assert (pixels("new.png") == pixels("1.png")).all()
+    new = ["--embeddings", "cube.safetensors", "--overwrite", "-o", "new.png"]
+    assert main(["generate", "--from", "0.png", *new]) == 0
+    assert (pixels("new.png") == pixels("1.png")).all()
+
+
+def test_a_variant_is_made_again(place):
+    flags = ["-m", "./i1", "--variant", "fast", *FEW]
+    assert main(["generate", "x", *flags, "-o", "one.png"]) == 0
+    assert main(["generate", "--from", "one.png", "-o", "two.png"]) == 0
+    assert (pixels("one.png") == pixels("two.png")).all()
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], ["-m", "./e1"]], ids=" ".join)
+def test_a_composite_that_is_not_drawn_leaves_nothing(place, flags):
+    before = set(place.iterdir())
+    main(["composite", "a.png", "x", "-m", "./i1", *SUBJECT, *flags])
+    assert set(place.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
@@ -114,6 +163,8 @@ def test_embeddings_stand_for_the_encoders(place, capsys):
         (("generate", "x", "-m", "i1-full"), 4, "hidream models pull"),
         (("embed", "x", "-m", "o1-nano", "-o", "x.safetensors"), 2, "has no text encoders"),
         (("embed", "x", "-m", "./i1", "-o", "x.txt"), 3, "End it in .safetensors"),
+        (("composite", "a.png", "x", *SUBJECT, "--place", "nan,0.5"), 2, "is no place"),
+        (("composite", "a.png", "x", *SUBJECT, "--scale", "inf"), 2, "not a number above 0"),
         (("composite", "a.png", "x", "--subject-mask", "a.png", "--background", "none.png"), 3, ""),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

@@ -370,3 +370,13 @@ def test_a_refiner_is_a_second_network():
         counted = weight_bytes(E1_1, POLICIES[name], width=2, device="cuda")
         assert two.total - one.total == counted.transformer
         assert two.cpu - one.cpu == counted.blocks
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, 1), (3.0, 3)])
+def test_the_estimate_counts_an_edits_rows(scale, rows):
+    from hidream.cli.estimate import latent_batch
+    from hidream.registry import find
+    from hidream.request import GenerateRequest
+
+    asked = GenerateRequest(prompt="x", references=("a.png",), guidance_scale=scale)
+    assert latent_batch(8192, asked, find("e1-1"), 1).num_branches == rows

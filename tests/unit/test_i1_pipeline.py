@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from hidream import sampling
-from hidream.errors import ModelError, UsageError
+from hidream.errors import InputError, ModelError, UsageError
 from hidream.models.i1.config import I1_TINY
+from hidream.models.i1.embeddings import Embeddings, save_embeddings
+from hidream.models.i1.text import Texts
 from hidream.pipelines import HiDreamPipeline, load
 from hidream.pipelines import latent as latents
 from hidream.request import GenerateRequest
@@ -215,6 +217,42 @@ def test_encoder_prompts(pipe):
     assert levels(plain, other) > 0
 
 
+def test_an_embedding_file_is_its_own_requests_alone(pipe, tmp_path):
+    """Also beside another file of the same prompt, and for what comes after."""
+    fields = {"width": SIDE, "height": SIDE, "guidance_scale": 1, **FEW}
+    plain = pipe("a tree", **fields).images[0]
+    texts, requests = Texts.of("a tree"), []
+    for seed in (5, 6):
+        path = tmp_path / f"{seed}.safetensors"
+        features = tiny_i1.features(batch=1, seed=seed)
+        save_embeddings(path, Embeddings(features=features, texts=texts))
+        requests.append(GenerateRequest(prompt="a tree", embeddings=path, **fields))
+    one, other = (out.images[0] for out in pipe(requests))
+    assert levels(one, other) > 0
+    for request, image in zip(requests, (one, other), strict=True):
+        assert levels(image, pipe(request).images[0]) == 0
+    assert levels(plain, pipe("a tree", **fields).images[0]) == 0
+    with pytest.raises(InputError, match="another prompt"):
+        pipe(replace(requests[0], shot="close-up"))
+    with pytest.raises(InputError, match="another number of tokens"):
+        pipe(replace(requests[0], guidance_scale=5))
+
+
+def test_tokenizers_wait_for_their_turn(pipe, monkeypatch):
+    held = []
+    cut = pipe.encoders.cut
+    spy = lambda texts: held.append(pipe._turn._is_owned()) or cut(texts)  # noqa: E731
+    monkeypatch.setattr(pipe.encoders, "cut", spy)
+    pipe._plan(GenerateRequest(prompt="a tree"))
+    assert held == [True]
+
+
+def test_the_steps_noise_can_be_clipped(pipe):
+    fields = {"width": SIDE, "height": SIDE, "sampler": "flash", **FEW}
+    plain = pipe("a tree", **fields).images[0]
+    assert levels(plain, pipe("a tree", noise_clip_std=0.1, **fields).images[0]) > 0
+
+
 def test_long_prompts_are_said_to_be_cut(pipe):
     out = pipe("red " * 300, width=SIDE, height=SIDE, **FEW)
     assert any("128 of the prompt's" in text for text in out.warnings)
@@ -333,6 +371,21 @@ def test_refining_has_the_weights_of_i1(editor, seen):
     assert out.num_forwards == 10
 
 
+def test_without_a_target_refining_reads_what_editing_reads(editor):
+    asked = GenerateRequest(prompt="redden", references=(picture(5),), refine_strength=0.5)
+    for prompts in ({}, {"llama": "a red cube"}):
+        (job,) = editor._plan(replace(asked, encoder_prompts=prompts)).jobs
+        assert job.target == job.texts
+
+
+def test_a_refiner_of_other_latents_or_texts(e1_folder, tmp_path):
+    config = replace(I1_TINY, llama_size=48)
+    tiny_i1.save_i1(tiny_i1.random_i1(config), tmp_path / "other" / "transformer")
+    editor = load(e1_folder, device="cpu", refiner=tmp_path / "other")
+    with pytest.raises(UsageError, match=r"caption_channels is \[24, 48\], not \[24, 40\]"):
+        editor("redden", references=(picture(5),), refine_strength=0.5, **FEW)
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_an_editor_needs_one_picture(editor, count):
     with pytest.raises(UsageError, match="edits one picture"):
@@ -395,6 +448,16 @@ def test_a_missing_component(folder, tmp_path):
     shutil.rmtree(broken / "text_encoder_2")
     with pytest.raises(ModelError, match="text_encoder_2"):
         load(broken, device="cpu")
+
+
+def test_a_vae_of_other_latents(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "vae")
+    tiny_i1.write_vae(tmp_path / "broken" / "vae", 8)
+    with pytest.raises(ModelError, match="latents of 8 channels; this transformer reads 4"):
+        load(tmp_path / "broken", device="cpu")
 
 
 def test_it_writes_no_text(pipe):

@@ -11,6 +11,7 @@ from PIL import Image
 from hidream import pictures
 from hidream.errors import InputError, UsageError
 from hidream.pictures import check_outputs, plan_outputs, read_mask, read_picture, write_picture
+from tests import tiny
 
 RED = (200, 30, 40)
 
@@ -159,6 +160,24 @@ def test_metadata_survives(tmp_path, name):
     assert read_picture(tmp_path / name).size == (8, 8)
     write_picture(Image.new("RGB", (8, 8)), tmp_path / name, overwrite=True)
     assert pictures.read_metadata(tmp_path / name) is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+@pytest.mark.parametrize("profile", [None, bytes(16) + b"RGB " + bytes(100)])
+def test_a_quick_picture_is_as_good(tmp_path, name, profile):
+    """Also where the rows of a PNG are written as they are, with their checksums."""
+    note = {"hidream": 1, "prompt": "猫"}
+    image = tiny.picture(3, 37, 23)
+    image.info = {"icc_profile": profile} if profile else {}
+    for quick in (True, False):
+        write_picture(image, tmp_path / name, note, quick=quick, overwrite=True)
+        assert pictures.read_metadata(tmp_path / name) == note
+        with Image.open(tmp_path / name) as found:
+            found.verify()
+        with Image.open(tmp_path / name) as found:
+            assert found.info.get("icc_profile") == profile
+            assert found.size == image.size
+            assert name != "a.png" or found.tobytes() == image.tobytes()
 
 
 def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

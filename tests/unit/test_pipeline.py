@@ -363,13 +363,14 @@ def test_steps_are_told_with_previews(pipe):
     told = []
     out = pipe(
         request(num_inference_steps=3, num_images=2),
-        on_step=lambda step, total, preview: told.append((step, total, preview())),
+        on_step=lambda step, total, preview: told.append((step, total, preview, preview())),
     )
-    assert [(step, total) for step, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
-    assert all(len(images) == 2 and images[0].size == (64, 64) for _, _, images in told)
-    for image, last in zip(out.images, told[-1][2], strict=True):
+    assert [(step, total) for step, total, *_ in told] == [(1, 3), (2, 3), (3, 3)]
+    assert all(len(images) == 2 and images[0].size == (64, 64) for *_, images in told)
+    for image, last in zip(out.images, told[-1][3], strict=True):
         assert same(image, last)
-    assert not same(told[0][2][0], out.images[0])
+    assert not same(told[0][3][0], out.images[0])
+    assert all(same(preview()[1], images[1]) for _, _, preview, images in told)  # asked later
 
 
 def test_a_call_is_cancelled_by_raising(pipe, seen):

@@ -332,3 +332,17 @@ def test_no_torch_is_imported():
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("size", [(256, 48), (1344, 768), (2048, 560), (4096, 272), (512, 512)])
+def test_a_size_is_scaled_to_the_native_area_once(size):
+    spec = registry.find("i1-full")
+    once = filled(ask(width=size[0], height=size[1], as_published=True, seed=1), spec)
+    assert filled(once, spec) == once
+    assert once.width * once.height <= 1024**2 < (once.width + 16) * (once.height + 16)
+
+
+def test_image_guidance_without_guidance_is_said_to_do_nothing():
+    spec, asked = registry.find("e1-1"), ask(image_guidance_scale=2.0, guidance_scale=1.0)
+    (told,) = warnings_of(asked, filled(asked, spec))
+    assert "image_guidance_scale has no effect" in told

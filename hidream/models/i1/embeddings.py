@@ -22,7 +22,8 @@ from hidream.errors import InputError, ModelError
 from hidream.folder import PICKLES, read_header
 from hidream.models.i1.config import I1Config
 from hidream.models.i1.model import Features
-from hidream.models.i1.text import NAMES, Texts
+from hidream.models.i1.text import NAMES, Texts, texts_of
+from hidream.request import GenerateRequest
 
 VERSION = 1  # of the header: readers refuse what is newer
 _KEY = "hidream.embeddings"
@@ -86,6 +87,36 @@ def read_texts(path: str | Path) -> tuple[Texts, Texts | None]:
     path = _checked(path)
     with safe_open(path, framework="pt") as file:
         return _note(path, file.metadata() or {})[:2]
+
+
+def check_embeddings(
+    request: GenerateRequest, config: I1Config | None = None, *, alone: bool = True
+) -> None:
+    """Raise InputError unless a resolved request's file holds what is read of its prompts.
+
+    No tensors are read. With `config` also: unless it is of that model. Not `alone`: encoders are
+    there for a negative prompt that it does not hold.
+    """
+    assert request.embeddings is not None
+    path = _checked(request.embeddings)
+    found, found_negative = read_texts(path)
+    texts, negative = texts_of(request)
+    if found != texts:
+        raise InputError(
+            f'{path} was made of another prompt: "{found.t5[:80]}".',
+            "Leave prompts, shot, angle and view out, or make the file again: hidream embed.",
+        )
+    guided = (request.guidance_scale or 0) > 1
+    if alone and guided and found_negative != negative:
+        holds = f'holds the negative prompt "{found_negative.t5[:80]}"' if found_negative else None
+        raise InputError(
+            f"{path} {holds or 'holds no negative prompt'}, not this request's "
+            f'"{negative.t5[:80]}".',
+            "Leave it out, or make the file again: hidream embed PROMPT -n NEGATIVE.",
+        )
+    if config is not None:
+        shapes = {name: (info.shape, info.dtype) for name, info in read_header(path).items()}
+        _check(path, shapes, config)
 
 
 def load_embeddings(path: str | Path, config: I1Config) -> Embeddings:

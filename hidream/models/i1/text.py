@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hidream.errors import ModelError, UsageError
+from hidream.errors import InputError, ModelError, UsageError
 from hidream.folder import Folder, open_folder, read_config
 from hidream.models.i1.config import I1Config
 from hidream.models.i1.llama import find_llama
@@ -33,6 +33,7 @@ from hidream.models.i1.model import Features
 from hidream.models.loading import check_tensors, quiet_imports, tensor_shapes
 from hidream.models.placement import layer_by_layer
 from hidream.registry import nearest
+from hidream.request import GenerateRequest
 
 NUM_TOKENS = 128
 MAX_KEPT = 512 * 1024**2  # bytes; a prompt is 35 MB in bf16
@@ -67,6 +68,12 @@ class Texts:
 
 
 NAMES = tuple(field.name for field in fields(Texts))
+
+
+def texts_of(request: GenerateRequest) -> tuple[Texts, Texts]:
+    """What the encoders read for a resolved request's two branches: prompt and negative prompt."""
+    texts = Texts.of(request.full_prompt, dict(request.encoder_prompts))
+    return texts, Texts.of((request.negative_prompt or "").strip())
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,6 @@ class TextEncoders:
         max_kept: int = MAX_KEPT,
     ):
         self._encoders = dict(encoders)
-        self._given: dict[Texts, Features] = {}
         self._kept: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self.device = torch.device(device)
         self.dtype = dtype
@@ -191,20 +197,23 @@ class TextEncoders:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def encode(self, texts: Sequence[Texts]) -> Features:
+    def encode(
+        self, texts: Sequence[Texts], given: Mapping[Texts, Features] | None = None
+    ) -> Features:
         """What the transformer reads of each, a row each, on `device`.
 
-        An encoder whose outputs are all kept is not loaded.
+        Those of `given` are taken from there; an encoder whose outputs are all kept is not loaded.
 
-        Raises ModelError where an encoder's weights cannot be read.
+        Raises ModelError where an encoder's weights cannot be read, InputError where the given have
+        another number of tokens than the others.
         """
-        unknown = [t for t in dict.fromkeys(texts) if t not in self._given]
+        found = dict(given or {})
+        unknown = [t for t in dict.fromkeys(texts) if t not in found]
         if unknown and not self._encoders:
             raise ModelError(
                 f'no text encoder is here to read "{unknown[0].t5[:60]}".',
                 "Give an embedding file of this prompt, or load the model with its encoders.",
             )
-        found = dict(self._given)
         names = NAMES if unknown else ()
         rows = {name: self._rows(name, [getattr(t, name) for t in unknown]) for name in names}
         for i, text in enumerate(unknown):
@@ -213,20 +222,20 @@ class TextEncoders:
                 llama=rows["llama"][i][:, None],
                 pooled=torch.cat([rows["clip_l"][i], rows["clip_g"][i]])[None],
             )
+        lengths = {(found[t].t5.shape[1], found[t].llama.shape[2]) for t in texts}
+        if len(lengths) > 1:
+            raise InputError(
+                "an embedding file has another number of tokens than the text beside it.",
+                "Make the file of both prompts: hidream embed PROMPT -n NEGATIVE.",
+            )
         return Features(
             t5=torch.cat([found[t].t5 for t in texts]).to(self.device, self.dtype),
             llama=torch.cat([found[t].llama for t in texts], dim=1).to(self.device, self.dtype),
             pooled=torch.cat([found[t].pooled for t in texts]).to(self.device, self.dtype),
         )
 
-    def give(self, texts: Texts, features: Features) -> None:
-        """Take these features of one prompt for what `encode` would say of it."""
-        self._given[texts] = features
-
     def cut(self, texts: Texts) -> tuple[str, ...]:
         """A sentence for each encoder that does not read its whole text."""
-        if texts in self._given:
-            return ()
         counts = {n: e.num_tokens(getattr(texts, n)) for n, e in self._encoders.items()}
         return tuple(
             f"{_KINDS[name].label} reads {read} of the prompt's {there} tokens; the rest is cut."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -16,10 +16,15 @@ def to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
     return rearrange(pixels, "h w c -> c h w")
 
 
-def to_picture(pixels: Float[Tensor, "3 h w"]) -> Image.Image:
-    """The nearest 8-bit RGB picture of values in [−1, 1]; what lies outside is clipped."""
-    levels = ((pixels.float().cpu() + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(rearrange(levels, "c h w -> h w c").numpy())
+def to_levels(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Values in [−1, 1] as the nearest levels of 8 bits; what lies outside is clipped."""
+    return (values.float() + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_picture(pixels: Shaped[Tensor, "3 h w"]) -> Image.Image:
+    """An RGB picture of values in [−1, 1], or of `to_levels`."""
+    levels = pixels if pixels.dtype == torch.uint8 else to_levels(pixels)
+    return Image.merge("RGB", [Image.fromarray(channel) for channel in levels.cpu().numpy()])
 
 
 def patchify(pixels: Float[Tensor, "*b c h w"], patch_size: int) -> Float[Tensor, "*b n p"]:
@@ -28,8 +33,8 @@ def patchify(pixels: Float[Tensor, "*b c h w"], patch_size: int) -> Float[Tensor
 
 
 def unpatchify(
-    patches: Float[Tensor, "*b n p"], grid: tuple[int, int], patch_size: int
-) -> Float[Tensor, "*b c h w"]:
+    patches: Shaped[Tensor, "*b n p"], grid: tuple[int, int], patch_size: int
+) -> Shaped[Tensor, "*b c h w"]:
     return rearrange(
         patches,
         "... (h w) (c p q) -> ... c (h p) (w q)",
