@@ -60,7 +60,7 @@ def learn_merges(texts: Sequence[str], ending: str = "") -> list[tuple[str, str]
     """The merges of a byte-level BPE; `ending` marks the last letter of a word, as CLIP does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    marked = {"end_of_word_suffix": ending} if ending else {}
+    marked: dict[str, Any] = {"end_of_word_suffix": ending} if ending else {}
     tokenizer = Tokenizer(models.BPE(**marked))
     cut: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if ending:  # spaces part words and are no letters of theirs
@@ -76,7 +76,8 @@ def learn_merges(texts: Sequence[str], ending: str = "") -> list[tuple[str, str]
     )
     tokenizer.train_from_iterator(texts, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return [(first, second) for first, second in pairs]
 
 
 def vocabulary_of(merges: Sequence[tuple[str, str]], ending: str = "") -> dict[str, int]:
@@ -93,7 +94,7 @@ def _write_clip(
     folder: Path,
     suffix: str,
     size: int,
-    merges: Sequence[tuple[str, str]],
+    merges: list[Any],
     num_tokens: int,
     seed: int,
 ) -> None:
@@ -103,7 +104,7 @@ def _write_clip(
     vocabulary = vocabulary_of(merges, "</w>")
     vocabulary |= {bos: len(vocabulary), eos: len(vocabulary) + 1}
     tokenizer = CLIPTokenizer(
-        vocab=vocabulary, merges=list(merges), pad_token=eos, model_max_length=num_tokens
+        vocab=vocabulary, merges=merges, pad_token=eos, model_max_length=num_tokens
     )
     tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
     clip = CLIPTextConfig(

@@ -22,6 +22,7 @@ from hidream.models.i1.model import I1, Features
 from hidream.models.i1.text import TextEncoders, Texts
 from hidream.models.i1.weights import load_i1, save_i1
 from hidream.models.vae import LatentCodec
+from hidream.nn.moe import MixtureOfExperts
 from hidream.pipelines.base import Counter
 from hidream.pipelines.latent import LatentJob, denoise_latents
 from hidream.request import GenerateRequest, resolve
@@ -275,11 +276,10 @@ def skew_gates(model: I1, score: float) -> None:
     """
     size = model.config.size
     for block in model.blocks:
-        gate = block.ff_i.gate if model.config.num_experts else None
-        bias = block.adaLN_modulation[1].bias
-        if gate is not None:
-            bias.view(-1, size)[3] += SKEW_SHIFT  # the feed-forward layer's shift, of the picture
-            gate.weight[0] += score / (SKEW_SHIFT * size)
+        if isinstance(block.ff_i, MixtureOfExperts):
+            shifts = block.adaLN_modulation.get_parameter("1.bias").view(-1, size)
+            shifts[3] += SKEW_SHIFT  # of the picture's tokens, before the experts
+            block.ff_i.gate.weight[0] += score / (SKEW_SHIFT * size)
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -114,7 +114,7 @@ def build_vae(options: Autoencoder, seed: int) -> nn.Module:
     num_levels = len(options.widths)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # its modules draw their weights from the global generator
-        vae = AutoencoderKL(
+        vae: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * num_levels,
             up_block_types=("UpDecoderBlock2D",) * num_levels,
             block_out_channels=options.widths,
@@ -126,4 +126,5 @@ def build_vae(options: Autoencoder, seed: int) -> nn.Module:
             use_post_quant_conv=False,
             force_upcast=False,
         )
-    return vae.train()
+    built: nn.Module = vae.train()
+    return built
