@@ -45,6 +45,8 @@ class Objective:
     `delta` bounds the weight 1/sigma^2 from above; `t_power` weights an error by t^t_power besides
     (see `losses.picture_loss`), and so makes it smaller beside those of text; `lm_weight` scales
     the cross-entropy of answers and `caption_weight` that of the captions inside picture samples.
+    Of I1 and E1: `balance_weight` scales the loss that spreads tokens over the experts, and an
+    edit's error counts more where source and target differ (`weigh_changes`).
     """
 
     noise_scale: float = 1.0
@@ -56,6 +58,8 @@ class Objective:
     reference_dropout: float = 0.02
     lm_weight: float = 0.1
     caption_weight: float = 0.02
+    balance_weight: float = 0.01
+    weigh_changes: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +99,28 @@ class Buckets:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """The autoencoder whose latents an I1 draws, trained first, in `RUN/vae`, by a run of its own.
+
+    `stages` are that run's; without any, it comes with `init`. `widths`: its channels at the
+    picture's size, half of it, and so on; `channels` those of a latent. `kl_weight` scales the mean
+    divergence of a latent value from a standard normal one, beside the mean error of a pixel value.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    channels: int = 8
+    widths: tuple[int, ...] = (16, 32, 64, 64)
+    kl_weight: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a run: two runs of one recipe on one machine are bit-identical.
 
-    `model` names an instance in `hidream.models.o1.config`; `tokenizer` and `init` (the weights to
-    start from, none for a fresh start) are folders. Intervals are in steps, 0 for never.
+    `model` names an instance in `hidream.models.o1.config` or `hidream.models.i1.config`;
+    `tokenizer` and `init` (the weights to start from, none for a fresh start) are folders.
+    Intervals are in steps, 0 for never. Of I1: its text encoders read `num_tokens`; `gate_skew` is
+    the score that every gate's first expert has too much at the start, to try the balance with.
     """
 
     name: str
@@ -116,6 +137,9 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
     buckets: Buckets = field(default_factory=Buckets)
+    vae: Autoencoder = field(default_factory=Autoencoder)
+    num_tokens: int = 16
+    gate_skew: float = 0.0
     log_every: int = 20
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -147,6 +171,21 @@ class Recipe:
             total += min(step, stage.steps) * stage.batch_size
             step -= min(step, stage.steps)
         return total
+
+    @property
+    def before(self) -> Recipe | None:
+        """The run that must end before this one begins, if there is one: the autoencoder's."""
+        if not self.vae.stages or self.init:
+            return None
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}_vae",
+            model="vae",
+            out=str(self.run_dir / "vae"),
+            init="",
+            stages=self.vae.stages,
+            vae=dataclasses.replace(self.vae, stages=()),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a TOML or JSON file holds them."""
@@ -265,8 +304,9 @@ def _check(recipe: Recipe) -> None:
         recipe.processes == 1 or recipe.device == "cpu",
         f'processes = {recipe.processes} needs device = "cpu".',
     )
-    for number, stage in enumerate(recipe.stages):
-        where = f"stages.{number}"
+    named = [(f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)]
+    named += [(f"vae.stages.{i}", stage) for i, stage in enumerate(recipe.vae.stages)]
+    for where, stage in named:
         require(stage.steps >= 1, f"{where}.steps = {stage.steps} must be at least 1.")
         require(stage.size >= 1, f"{where}.size = {stage.size} must be positive.")
         require(

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import lru_cache
-from statistics import NormalDist
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -29,22 +23,19 @@ from hidream.models.o1.tokens import (
     encode_text,
 )
 from hidream.train.config import Recipe, Stage
-from hidream.world import tasks
+from hidream.train.draws import (
+    Stream,
+    draw_noise,
+    draw_sample,
+    generator,
+    noise_levels,
+    task_of,
+)
 from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
 MAX_DRAWS = 10_000
 REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reaches
-
-
-class Stream(IntEnum):
-    """What a random number is for; each stream is independent of the others."""
-
-    TASK = 0
-    LEVEL = 1
-    DROPOUT = 2
-    NOISE = 3
-    CATEGORY = 4
 
 
 @dataclass(frozen=True)
@@ -77,24 +68,6 @@ class TrainBatch:
             noise=self.noise.to(device),
             sigma=self.sigma.to(device),
         )
-
-
-def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
-    """Counter-based random numbers for one purpose and one index: there is no state to save."""
-    return np.random.Generator(np.random.Philox(key=[(seed << 8) | stream, index]))
-
-
-def task_of(recipe: Recipe, step: int) -> str:
-    """The task of all samples of a step, drawn by the stage's weights."""
-    number, _ = recipe.locate(step)
-    return _weighted(recipe.stages[number].tasks, generator(recipe.seed, Stream.TASK, step))
-
-
-def _weighted(weights: dict[str, float], dice: np.random.Generator) -> str:
-    """A key, drawn by its weight; the order of the keys does not matter."""
-    names, values = zip(*sorted(weights.items()), strict=True)
-    shares = np.cumsum(values) / sum(values)
-    return str(names[int(np.searchsorted(shares, dice.random(), side="right"))])
 
 
 @dataclass(frozen=True)
@@ -145,7 +118,9 @@ def make_batch(
     else:
         pictures = [Image.fromarray(s.target(stage.size, stage.size)) for s in samples]
         x0 = patchify(torch.stack([to_tensor(p) for p in pictures]), config.patch_size)
-        noise = torch.stack([_noise(recipe.seed, first + i, tuple(x0.shape[1:])) for i in places])
+        noise = torch.stack(
+            [draw_noise(recipe.seed, first + i, tuple(x0.shape[1:])) for i in places]
+        )
         sigma = noise_levels(recipe, stage.batch_size, step)[rank::world]
     return TrainBatch(
         task=task,
@@ -156,18 +131,6 @@ def make_batch(
         num_labels=int((batch.labels != IGNORE).sum()),
         redrawn=redrawn,
     )
-
-
-def noise_levels(recipe: Recipe, batch_size: int, step: int) -> Float[Tensor, " b"]:
-    """sigma = 1 - t of a step's samples; t = sigmoid(mean + std n), n stratified: Phi^-1((i+U)/B).
-
-    The samples are independent of their place i in the batch, so the strata need no shuffling.
-    """
-    draws = generator(recipe.seed, Stream.LEVEL, step).random(batch_size)
-    quantiles = np.clip((np.arange(batch_size) + draws) / batch_size, 1e-6, 1 - 1e-6)
-    normal = np.array([NormalDist().inv_cdf(q) for q in quantiles])
-    t = 1 / (1 + np.exp(-(recipe.objective.t_mean + recipe.objective.t_std * normal)))
-    return torch.from_numpy((1 - t).astype(np.float32))
 
 
 @lru_cache(maxsize=256)
@@ -182,11 +145,6 @@ def padded_lengths(
         prepared = _prepare(config, size, blank)
         tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
     return len(tokens.input_ids) + shape.longest, len(tokens.references)
-
-
-def _noise(seed: int, index: int, shape: tuple[int, ...]) -> Float[Tensor, "n p"]:
-    draws = generator(seed, Stream.NOISE, index).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(draws)
 
 
 def _prepare(config: O1Config, size: int, pictures: list[Image.Image]) -> list[Image.Image]:
@@ -213,10 +171,7 @@ def _draw(
     too_long = 0
     for draw in range(MAX_DRAWS):
         place = index + draw * REDRAW
-        category = None
-        if task == "text_to_image" and stage.categories:
-            category = _weighted(stage.categories, generator(recipe.seed, Stream.CATEGORY, place))
-        sample = tasks.sample(task, recipe.seed, place, category=category)
+        sample = draw_sample(recipe, stage, task, place)
         if shape is not None:
             if shape.holds(_num_words(tokenizer, sample), _num_pictures(sample)):
                 return sample, too_long
@@ -282,51 +237,3 @@ def encode_sample(
     dropped = prompt is UNCONDITIONAL_PROMPT or not objective.caption_weight
     end = tokens.caption.stop
     return tokens, slice(1, 1) if dropped else slice(tokens.caption.start, end + 1)
-
-
-class Prefetcher:
-    """Iterates over the batches of `steps`, made in order by a thread, `ahead` of them waiting."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        config: O1Config,
-        tokenizer: Tokenizer,
-        steps: range,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self._make = lambda step: make_batch(recipe, config, tokenizer, step, rank, world)
-        self._steps = steps
-        self._ready: queue.Queue[TrainBatch | BaseException] = queue.Queue(max(recipe.prefetch, 1))
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="hidream-data", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[TrainBatch]:
-        for _ in self._steps:
-            item = self._ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            for step in self._steps:
-                self._put(self._make(step))
-                if self._stopped.is_set():
-                    return
-        except BaseException as error:  # handed to the reader, which raises it
-            self._put(error)
-
-    def _put(self, item: TrainBatch | BaseException) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from hidream.errors import HidreamError
-from hidream.models.o1.config import SIZES, O1Config
-from hidream.models.o1.model import O1
-from hidream.models.o1.tokens import Tokenizer
-from hidream.models.o1.weights import load_o1, save_o1
 from hidream.train import checkpoint
-from hidream.train.config import Recipe, parse_recipe
-
-PACKAGE = Path(__file__).parents[1]
-
-
-def tokenizer_folder(recipe: Recipe) -> Path:
-    """`tokenizer` of the recipe: a folder, `init` when empty; relative to here or the package."""
-    path = Path(recipe.tokenizer or recipe.init)
-    inside = PACKAGE.parent / path
-    return inside if not path.exists() and inside.exists() else path
+from hidream.train.config import parse_recipe
 
 
 def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None) -> Path:
@@ -34,54 +18,30 @@ def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None) ->
 
     Works while the run goes on. Raises ModelError without a whole checkpoint.
     """
+    from hidream.train.learner import learner_of
+
     run_dir = Path(run_dir)
     folder = checkpoint.latest(run_dir)
     if step is not None:
         folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    recipe = parse_recipe(checkpoint.read_progress(folder).recipe)
-    tokenizer = Tokenizer(tokenizer_folder(recipe))
-    model = load_o1(recipe.init)[0] if recipe.init else O1(SIZES[recipe.model])
+    recipe = replace(parse_recipe(checkpoint.read_progress(folder).recipe), out=str(run_dir))
+    learner = learner_of(recipe)
+    model = learner.build()
     checkpoint.load_ema(folder, model)
-    return export_model(model, tokenizer, recipe, Path(out_dir))
+    return learner.export(model, Path(out_dir))
 
 
-def export_model(model: O1, tokenizer: Tokenizer, recipe: Recipe, out_dir: Path) -> Path:
-    """Write `model` in bf16 with tokenizer and hidream.json, replacing `out_dir` when complete."""
-    draft = out_dir.with_name(f".{out_dir.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    half = copy.deepcopy(model).to("cpu", torch.bfloat16)
-    save_o1(half, draft, tokenizer=tokenizer, settings=settings(model.config, recipe))
+def put_in_place(draft: Path, out_dir: Path) -> Path:
+    """Rename `draft` to `out_dir`, file by file where that is there already."""
     if out_dir.exists():
-        out_dir.mkdir(exist_ok=True)
-        for file in draft.iterdir():
-            file.replace(out_dir / file.name)
-        draft.rmdir()
+        for file in sorted(p for p in draft.rglob("*") if p.is_file()):
+            place = out_dir / file.relative_to(draft)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        shutil.rmtree(draft)
     else:
         draft.rename(out_dir)
     return out_dir
-
-
-def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
-    """hidream.json: what the published layout cannot say about this checkpoint."""
-    size = recipe.stages[-1].size
-    return {
-        "name": recipe.name.replace("_", "-"),
-        "family": "o1",
-        "variant": "full",
-        "patch_size": config.patch_size,
-        "bottleneck_size": config.bottleneck_size,
-        "noise_scale": recipe.objective.noise_scale,
-        "sampler": "flash",
-        "num_inference_steps": 50,
-        "guidance_scale": 3.0,
-        "shift": 3.0,
-        "width": size,
-        "height": size,
-        "reference_budgets": {
-            "sides": [list(row) for row in config.budgets.sides],
-            "vision_sides": [list(row) for row in config.budgets.vision_sides],
-        },
-    }
 
 
 def main() -> int:

@@ -35,7 +35,8 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = F
     130. Raises UsageError, InputError, or HidreamError for a process that failed.
     """
     recipe = load_recipe(recipe_path, overrides)
-    started = (recipe.run_dir / "checkpoints" / "latest").exists()
+    runs = [r for r in (recipe.before, recipe) if r is not None]
+    started = any((r.run_dir / "checkpoints" / "latest").exists() for r in runs)
     if started and not resume:
         raise UsageError(
             f"{recipe.run_dir} already holds a run.",

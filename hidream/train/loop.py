@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from hidream.errors import HidreamError, UsageError
-from hidream.models.o1.config import SIZES, O1Config
-from hidream.models.o1.model import O1
-from hidream.models.o1.tokens import Tokenizer
-from hidream.models.o1.weights import load_o1
-from hidream.nn.attention import Backend
-from hidream.sampling import add_noise
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
 from hidream.train.config import Recipe
-from hidream.train.data import Prefetcher, TrainBatch
-from hidream.train.distributed import PendingSum, World
-from hidream.train.export import export_model, tokenizer_folder
-from hidream.train.grids import write_grid
+from hidream.train.distributed import World
+from hidream.train.learner import Learner, learner_of
 from hidream.train.log import Meter, OnLog, RunLog
-from hidream.train.losses import picture_loss, text_loss
 from hidream.train.optim import (
     build_optimizers,
     clip_gradients,
@@ -37,19 +27,11 @@ from hidream.train.optim import (
     set_learning_rate,
     update_ema,
 )
+from hidream.train.prefetch import Prefetcher
 
 logger = logging.getLogger(__name__)
 
-MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
 SHAPES_COMPILED_AT_MOST = 64
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The loss that is minimised, and its parts as they are logged."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
 
 
 def train(
@@ -65,13 +47,26 @@ def train(
     Every process of `world` calls this. `stop_requested` is asked once a step; when one process
     says yes, all finish the step, and the first saves a checkpoint. Raises ModelError for a
     checkpoint that does not fit, HidreamError when the loss is no longer finite.
+
+    A run that must come before (see `Recipe.before`) is run, or resumed, first.
     """
     world = world or World()
+    if recipe.before is not None and not (recipe.before.run_dir / "model").exists():
+        begun = (recipe.before.run_dir / "checkpoints" / "latest").exists()
+        if not train(
+            recipe.before,
+            world,
+            resume=resume and begun,
+            stop_requested=stop_requested,
+            on_log=on_log,
+        ):
+            return False
+        resume = False
     device = torch.device(recipe.device)
     torch.set_flush_denormal(True)  # denormals make the first steps ten times slower
-    model, tokenizer = build_model(recipe)
-    model.to(device)
-    ema, _ = build_model(recipe)  # starts as an exact copy
+    learner = learner_of(recipe, world)
+    model = learner.build().to(device)
+    ema = learner.build()  # starts as an exact copy
     ema.to(device).requires_grad_(False)
     optimizers = build_optimizers(model, recipe.optimizer, world)
     progress = Progress(step=0, samples=0, seconds=0.0, recipe=recipe.to_dict())
@@ -82,8 +77,8 @@ def train(
     if recipe.compile:
         torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
         torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
-        for layer in model.model.language_model.layers:  # one block compiles 8 times faster
-            layer.compile(dynamic=False)
+        for block in learner.blocks(model):
+            block.compile(dynamic=False)
     log = None
     if world.main:
         log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=progress.step)
@@ -101,7 +96,8 @@ def train(
     parameters = list(model.parameters())
     weights, averages = [p.data for p in parameters], [p.data for p in ema.parameters()]
     steps = range(progress.step, recipe.num_steps)
-    batches = Prefetcher(recipe, model.config, tokenizer, steps, world.rank, world.size)
+    make = partial(learner.make_batch, rank=world.rank, world=world.size)
+    batches = Prefetcher(make, steps, ahead=recipe.prefetch)
     meter = Meter()
     step = progress.step
     try:
@@ -111,7 +107,7 @@ def train(
             labels, stops = world.start_sum(batch.num_labels), world.start_sum(stop_requested())
             model.zero_grad(set_to_none=True)
             batch = batch.to(device)
-            losses = compute_losses(recipe, model, batch, labels)
+            losses = learner.losses(model, batch, labels)
             losses.total.backward()
             world.average_gradients(parameters)
             norm = clip_gradients(parameters, recipe.optimizer.clip)
@@ -139,82 +135,21 @@ def train(
             if _due(done, recipe.checkpoint_every) or done == recipe.num_steps:
                 save(done)
             if _due(done, recipe.grid_every) and world.main:
-                write_grid(ema, tokenizer, recipe, done)
+                _write_grid(learner, ema, done)
                 meter.reset()
     finally:
         batches.close()
     if log is not None:
-        export_model(ema, tokenizer, recipe, recipe.run_dir / "model")
+        learner.export(ema, recipe.run_dir / "model")
         log.write({"step": recipe.num_steps, "message": f"done: {recipe.run_dir / 'model'}"})
     world.barrier()
     return True
 
 
-def compute_losses(recipe: Recipe, model: O1, batch: TrainBatch, labels: PendingSum) -> Losses:
-    """Forward and losses of one batch. `labels`: how many the step has, over all processes.
-
-    The picture loss weighs 1; text weighs `lm_weight` where the task is text and `caption_weight`
-    where it is a picture's caption.
-    """
-    objective = recipe.objective
-    parts: dict[str, Tensor] = {}
-    total = torch.zeros((), device=batch.x0.device)
-    with _precision(recipe):
-        if batch.picture:
-            x_t = add_noise(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
-            prediction = model(batch.batch, x_t, batch.sigma)
-        else:
-            prediction = model(batch.batch)
-    if batch.picture:
-        loss = picture_loss(
-            prediction.x0, batch.x0, batch.sigma, objective.delta, objective.t_power
-        )
-        parts[f"loss_{batch.task}"] = loss.detach()
-        total = total + loss
-    weight = objective.caption_weight if batch.picture else objective.lm_weight
-    if weight > 0:
-        text = text_loss(
-            prediction.logits, batch.batch.labels, labels.wait() / labels.num_processes
-        )
-        parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
-        total = total + weight * text
-    return Losses(total, parts)
-
-
-def build_model(recipe: Recipe) -> tuple[O1, Tokenizer]:
-    """The recipe's model, from its seed or from the weights in `init`, in fp32 on the CPU."""
-    tokenizer = Tokenizer(tokenizer_folder(recipe))
-    if recipe.init:
-        model, _ = load_o1(recipe.init, attention_backend=_backend(recipe))
-        return model.requires_grad_(True).train(), tokenizer
-    model = O1(model_config(recipe), _backend(recipe))
-    model.init_weights(torch.Generator().manual_seed(recipe.seed))
-    return model.train(), tokenizer
-
-
-def model_config(recipe: Recipe) -> O1Config:
-    """The named size; UsageError for one that does not exist."""
-    if recipe.model not in SIZES:
-        raise UsageError(f'unknown model "{recipe.model}"; sizes are {", ".join(SIZES)}.')
-    return SIZES[recipe.model]
-
-
-def _backend(recipe: Recipe) -> Backend:
-    if recipe.device != "cpu" or recipe.precision == "float32":
-        return "auto"  # measured in fp32 on a CPU: as fast at 16 patches, 1.3 times at 128
-    patch = SIZES[recipe.model].patch_size if recipe.model in SIZES else 16
-    longest = max(
-        max(recipe.buckets.of(task)) + 32 + 2 * (stage.size // patch) ** 2
-        for stage in recipe.stages
-        for task in stage.tasks
-    )
-    return "math" if longest < 2 * MATH_ATTENTION_BELOW else "auto"
-
-
-def _precision(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
-    if recipe.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(recipe.device).type, dtype=torch.bfloat16)
+def _write_grid(learner: Learner, ema: nn.Module, step: int) -> None:
+    folder = learner.recipe.run_dir / "grids"
+    folder.mkdir(parents=True, exist_ok=True)
+    learner.grid(ema, step).save(folder / f"{step:07d}.png")
 
 
 def _due(step: int, interval: int) -> bool:
@@ -238,7 +173,7 @@ def _record(
     }
 
 
-def _beginning(recipe: Recipe, model: O1, progress: Progress, world: World) -> str:
+def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, world: World) -> str:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     malloc = "tcmalloc" if "tcmalloc" in os.environ.get("LD_PRELOAD", "") else "the system's malloc"
     place = f"from step {progress.step}" if progress.step else "from the start"

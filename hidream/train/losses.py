@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -52,3 +54,34 @@ def text_loss(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     return total / torch.clamp(torch.as_tensor(num_labels, device=total.device), min=1e-6)
+
+
+def velocity_loss(
+    predicted: Float[Tensor, "b c h w"],
+    velocity: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, " b"],
+    t_power: float = 0.0,
+    weight: Float[Tensor, "b 1 h w"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean over samples and latents of t^t_power weight (predicted - velocity)^2, in fp32."""
+    error = (predicted.float() - velocity.float()).square().mean(dim=1, keepdim=True)
+    if weight is not None:
+        error = weight * error
+    t = 1 - sigma.float()
+    return (t.pow(t_power) * error.mean(dim=(1, 2, 3))).mean()
+
+
+def weight_of_changes(
+    target: Float[Tensor, "b c h w"], source: Float[Tensor, "b c h w"], threshold: float = 0.5
+) -> Float[Tensor, "b 1 h w"]:
+    """How much each latent of an edit counts: more where source and target differ; mean 1.
+
+    1 + log2(1 / share of changed latents), where the root mean square of the difference exceeds
+    `threshold`, 1 elsewhere, blurred over 3×3 latents: HiDream-E1 weighs so in words (arXiv
+    2505.22705), the numbers are UniWorld's (arXiv 2506.03147).
+    """
+    changed = ((target - source).square().mean(dim=1, keepdim=True).sqrt() > threshold).float()
+    share = changed.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1 / changed[0].numel())
+    blurred = F.avg_pool2d(changed, 3, stride=1, padding=1, count_include_pad=False)
+    weight = 1 - blurred * share.log() / math.log(2)
+    return weight / weight.mean(dim=(1, 2, 3), keepdim=True)

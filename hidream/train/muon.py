@@ -49,14 +49,15 @@ class Muon(torch.optim.Optimizer):
             matrices = [p for p in group["params"] if p.grad is not None]
             if not matrices:
                 continue
-            updates = self._orthogonal(self._momenta(matrices, group))
-            scale = self.rms * max(matrices[0].shape) ** 0.5
+            momenta = self._momenta(matrices, group).flatten(2)  # a convolution is out × (in h w)
+            updates = self._orthogonal(momenta).view(-1, *matrices[0].shape)
+            scale = self.rms * max(momenta.shape[1:]) ** 0.5
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * scale)
 
     def _momenta(
         self, matrices: list[nn.Parameter], group: dict[str, Any]
-    ) -> Float[Tensor, "n rows columns"]:
+    ) -> Float[Tensor, "n rows *columns"]:
         """Nesterov's: the gradient mixed with its moving average, which this step has joined."""
         gradients = [p.grad for p in matrices if p.grad is not None]
         for p in matrices:

@@ -11,7 +11,12 @@ from hidream.train.config import Optimizer, Stage
 from hidream.train.distributed import World
 from hidream.train.muon import Muon
 
-INNER = (".layers.", ".blocks.", "merger")  # of decoder and vision tower
+# What is inside O1's decoder and vision tower; in I1's blocks, but for gates and adaLN; in a VAE.
+INNER = (
+    *(".layers.", ".blocks.", "merger"),
+    *(".attn1.", ".experts.", ".shared_experts.", ".ff_t."),
+    *(".resnets.", "samplers."),
+)
 ADAMW_RMS = 0.2  # of what AdamW adds to a weight at rate 1, on the whole: arXiv 2502.16982
 
 
@@ -27,7 +32,7 @@ def build_optimizers(
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if options.muon > 0 and parameter.ndim == 2 and any(part in name for part in INNER):
+        if options.muon > 0 and parameter.ndim in (2, 4) and any(part in name for part in INNER):
             inner.append(parameter)
         elif parameter.ndim >= 2 and id(parameter) not in tables:
             decayed.append(parameter)

@@ -124,7 +124,8 @@ def test_resume_is_bit_identical_in_two_processes(recipe_file, tmp_path, monkeyp
 
 def test_an_exported_run_loads_and_draws(recipe_file, tmp_path):
     from hidream.models.o1.weights import load_o1
-    from hidream.train.grids import PROMPTS, sample_pictures
+    from hidream.train.grids import PROMPTS
+    from hidream.train.o1 import sample_pictures
 
     recipe = load_recipe(recipe_file, [f"out={tmp_path / 'run'}", "grid_every=3", "processes=1"])
     train(recipe)
@@ -162,10 +163,10 @@ def test_a_resume_with_other_finished_stages_is_refused(recipe_file, tmp_path):
 
 
 def test_it_learns_eight_pictures_by_heart(recipe_file, tmp_path, monkeypatch):
-    from hidream.train import data
+    from hidream.world import tasks
 
-    sample = data.tasks.sample
-    monkeypatch.setattr(data.tasks, "sample", lambda task, seed, i: sample(task, seed, i % 8))
+    sample = tasks.sample
+    monkeypatch.setattr(tasks, "sample", lambda t, seed, i, **more: sample(t, seed, i % 8, **more))
     recipe = load_recipe(
         recipe_file,
         [

@@ -13,13 +13,24 @@ PLAIN = {
     "model": "o1-tiny",
     "stages": [STAGE | {"tasks": {"text_to_image": 1.0}}, STAGE | {"tasks": {"edit": 1}}],
 }
-NANO = Path(__file__).parents[2] / "recipes" / "o1_nano.toml"
+RECIPES = Path(__file__).parents[2] / "recipes"
+NANO = RECIPES / "o1_nano.toml"
 
 
-def test_the_shipped_recipe_is_valid_and_plain_values_give_it_back():
-    recipe = load_recipe(NANO)
-    assert recipe.model == "o1-nano"
+@pytest.mark.parametrize("name", ["o1_nano", "i1_tiny", "e1_tiny"])
+def test_the_shipped_recipes_are_valid_and_plain_values_give_them_back(name):
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    assert recipe.model == f"{name[:2]}-nano"
     assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_an_autoencoder_with_stages_is_a_run_before():
+    recipe = load_recipe(RECIPES / "i1_tiny.toml", ["out=there"])
+    before = recipe.before
+    assert before is not None
+    assert (before.model, before.run_dir, before.before) == ("vae", Path("there/vae"), None)
+    assert before.stages == recipe.vae.stages
+    assert load_recipe(RECIPES / "i1_tiny.toml", ["init=there"]).before is None
 
 
 def test_overrides_reach_into_tables_and_lists():
@@ -44,6 +55,10 @@ def test_overrides_reach_into_tables_and_lists():
         ("buckets.edit=[8, 4]", "rising"),
         ("precision=float16", "bfloat16"),
         ("seed", "is not key=value"),
+        (
+            "vae.stages=[{size = 8, steps = 0, batch_size = 1, learning_rate = 1, tasks = {}}]",
+            "vae.stages.0.steps = 0 must be at least 1",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(change, message):

@@ -8,14 +8,13 @@ from hidream.models.o1.batch import IGNORE
 from hidream.models.o1.tokens import Tokenizer
 from hidream.train.config import parse_recipe
 from hidream.train.data import (
-    Prefetcher,
     _num_words,
     encode_sample,
     make_batch,
-    noise_levels,
-    task_of,
 )
-from hidream.train.loop import model_config
+from hidream.train.draws import noise_levels, task_of
+from hidream.train.o1 import model_config
+from hidream.train.prefetch import Prefetcher
 from hidream.world import tasks
 
 TASKS = tasks.TASKS
@@ -151,12 +150,11 @@ def test_a_dropped_caption_is_the_unconditional_one_and_carries_no_loss(tokenize
 
 def test_prefetching_keeps_the_order_and_hands_on_errors(tokenizer):
     recipe = recipe_of(tasks=["text_to_image"])
-    config = model_config(recipe)
-    batches = Prefetcher(recipe, config, tokenizer, range(3, 6))
+    batches = Prefetcher(lambda step: batch_of(recipe, tokenizer, step), range(3, 6))
     for step, batch in zip(range(3, 6), batches, strict=True):
         assert_same(batch, batch_of(recipe, tokenizer, step))
     batches.close()
-    broken = Prefetcher(recipe, config, None, range(3))
+    broken = Prefetcher(lambda step: batch_of(recipe, None, step), range(3))
     with pytest.raises(AttributeError):
         next(iter(broken))
     broken.close()

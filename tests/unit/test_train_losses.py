@@ -68,9 +68,8 @@ def test_without_labels_text_has_no_loss_and_no_nan():
 
 
 def test_the_gradient_reaches_every_parameter(nano_tokenizer):
-    from hidream.train.data import make_batch
     from hidream.train.distributed import World
-    from hidream.train.loop import build_model, compute_losses
+    from hidream.train.learner import learner_of
 
     tasks = ("text_to_image", "edit", "language", "understanding")
     stage = {"size": 32, "steps": 1, "batch_size": 2, "learning_rate": 1e-3}
@@ -86,11 +85,12 @@ def test_the_gradient_reaches_every_parameter(nano_tokenizer):
                 "objective": {"caption_dropout": 0.0},
             }
         )
-        model, tokenizer = build_model(recipe)
+        learner = learner_of(recipe)
+        model = learner.build()
         torch.nn.init.normal_(model.model.final_layer2.linear.weight)  # it starts at zero
-        batch = make_batch(recipe, model.config, tokenizer, 0)
+        batch = learner.make_batch(0)
         labels = World().start_sum(batch.num_labels)
-        compute_losses(recipe, model, batch, labels).total.backward()
+        learner.losses(model, batch, labels).total.backward()
         silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
         if task == "edit":  # a picture with a reference uses every part of the model
             assert not silent

@@ -168,6 +168,23 @@ I1_DEV = I1_FAST = I1_FULL
 E1_FULL = replace(I1_FULL, max_resolution=(96, 192))
 E1_1 = replace(I1_FULL, max_resolution=(128, 256))
 
+# Trained by this project's recipes: pictures of 64×64 in latents of 8 channels.
+I1_NANO = I1Config(
+    num_layers=2,
+    num_single_layers=4,
+    num_heads=4,
+    head_dim=32,
+    in_channels=8,
+    out_channels=8,
+    t5_size=64,
+    llama_size=64,
+    pooled_size=128,
+    rope_dims=(16, 8, 8),
+    max_resolution=(8, 8),
+    llama_layers=(0, 1, 1, 1, 1, 1),
+)
+E1_NANO = replace(I1_NANO, max_resolution=(8, 16))
+
 # For tests: every part is there, nothing is large.
 I1_TINY = I1Config(
     num_layers=2,
@@ -183,6 +200,7 @@ I1_TINY = I1Config(
     max_resolution=(16, 16),
     llama_layers=(0, 1, 2, 2),
 )
+E1_TINY = replace(I1_TINY, max_resolution=(16, 32))
 
 SIZES = {
     "i1-full": I1_FULL,
@@ -190,5 +208,8 @@ SIZES = {
     "i1-fast": I1_FAST,
     "e1-full": E1_FULL,
     "e1-1": E1_1,
+    "i1-nano": I1_NANO,
+    "e1-nano": E1_NANO,
     "i1-tiny": I1_TINY,
+    "e1-tiny": E1_TINY,
 }

@@ -1,0 +1,95 @@
+"""What a family of models brings to the loop: its network, batches, losses, pictures and export."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hidream.errors import UsageError
+from hidream.train.config import Recipe
+from hidream.train.distributed import PendingSum, World
+
+FAMILIES = {
+    "o1": "hidream.train.o1:O1Learner",
+    "i1": "hidream.train.i1:I1Learner",
+    "e1": "hidream.train.e1:E1Learner",
+    "vae": "hidream.train.vae:VaeLearner",
+}
+
+
+class StepBatch(Protocol):
+    """One process's share of a step's samples.
+
+    `num_labels`: what its losses are divided by, summed over the processes (see `Learner.losses`).
+    `redrawn`: samples that did not fit and were replaced.
+    """
+
+    @property
+    def num_labels(self) -> int: ...
+    @property
+    def redrawn(self) -> int: ...
+    def to(self, device: torch.device | str) -> StepBatch: ...
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss that is minimised, and its parts and other numbers as they are logged."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Learner(ABC):
+    """A family, for one recipe. Every process of `world` has one of its own."""
+
+    def __init__(self, recipe: Recipe, world: World | None = None):
+        self.recipe = recipe
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network, from the recipe's seed or from its `init`, in fp32 on the CPU."""
+
+    @abstractmethod
+    def make_batch(self, step: int, rank: int = 0, world: int = 1) -> StepBatch:
+        """Process `rank`'s samples of a step: a pure function, called in a thread."""
+
+    @abstractmethod
+    def losses(self, model: Any, batch: Any, labels: PendingSum) -> Losses:
+        """Forward and losses of one batch. `labels`: `num_labels` over all processes."""
+
+    @abstractmethod
+    def grid(self, model: Any, step: int) -> Image.Image:
+        """The same prompts as training goes on, after `step` steps, as one picture."""
+
+    @abstractmethod
+    def export(self, model: Any, out_dir: Path) -> Path:
+        """Write the averaged weights as a folder in the published layout."""
+
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        """What `compile` compiles, one by one."""
+        return ()
+
+    def precision(self) -> contextlib.AbstractContextManager[object]:
+        """The recipe's, for a forward pass."""
+        if self.recipe.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.recipe.device).type, dtype=torch.bfloat16)
+
+
+def learner_of(recipe: Recipe, world: World | None = None) -> Learner:
+    """The learner of the recipe's `model`, which is named FAMILY-SIZE; UsageError for none."""
+    family = recipe.model.partition("-")[0]
+    if family not in FAMILIES:
+        raise UsageError(f'unknown model "{recipe.model}"; families are {", ".join(FAMILIES)}.')
+    module, name = FAMILIES[family].split(":")
+    found: Learner = getattr(import_module(module), name)(recipe, world)
+    return found

@@ -1,0 +1,192 @@
+"""O1 in training: its samples, its losses, its pictures, its folder."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from hidream.errors import UsageError
+from hidream.models.o1.config import SIZES, O1Config
+from hidream.models.o1.model import O1
+from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
+from hidream.models.o1.weights import load_o1, save_o1
+from hidream.nn.attention import Backend
+from hidream.pipelines.base import Counter
+from hidream.pipelines.denoise import O1Job, denoise_batch
+from hidream.request import GenerateRequest
+from hidream.sampling import add_noise
+from hidream.train.config import Recipe
+from hidream.train.data import TrainBatch, make_batch
+from hidream.train.distributed import PendingSum, World
+from hidream.train.export import put_in_place
+from hidream.train.grids import PROMPTS, montage
+from hidream.train.learner import Learner, Losses
+from hidream.train.losses import picture_loss, text_loss
+
+PACKAGE = Path(__file__).parents[1]
+MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
+
+
+class O1Learner(Learner):
+    """O1 on all tasks of the world."""
+
+    def __init__(self, recipe: Recipe, world: World | None = None):
+        super().__init__(recipe, world)
+        self.tokenizer = Tokenizer(tokenizer_folder(recipe))
+        self.config: O1Config | None = None  # known once a model was built
+
+    def build(self) -> O1:
+        recipe = self.recipe
+        if recipe.init:
+            model, _ = load_o1(recipe.init, attention_backend=_backend(recipe))
+            model.requires_grad_(True).train()
+        else:
+            model = O1(model_config(recipe), _backend(recipe))
+            model.init_weights(torch.Generator().manual_seed(recipe.seed))
+            model.train()
+        self.config = model.config
+        return model
+
+    def make_batch(self, step: int, rank: int = 0, world: int = 1) -> TrainBatch:
+        config = self.config or model_config(self.recipe)
+        return make_batch(self.recipe, config, self.tokenizer, step, rank, world)
+
+    def losses(self, model: O1, batch: TrainBatch, labels: PendingSum) -> Losses:
+        """The picture loss weighs 1; text weighs `lm_weight` where the task is text and
+        `caption_weight` where it is a picture's caption."""
+        objective = self.recipe.objective
+        parts: dict[str, torch.Tensor] = {}
+        total = torch.zeros((), device=batch.x0.device)
+        with self.precision():
+            if batch.picture:
+                x_t = add_noise(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
+                prediction = model(batch.batch, x_t, batch.sigma)
+            else:
+                prediction = model(batch.batch)
+        if batch.picture:
+            loss = picture_loss(
+                prediction.x0, batch.x0, batch.sigma, objective.delta, objective.t_power
+            )
+            parts[f"loss_{batch.task}"] = loss.detach()
+            total = total + loss
+        weight = objective.caption_weight if batch.picture else objective.lm_weight
+        if weight > 0:
+            text = text_loss(
+                prediction.logits, batch.batch.labels, labels.wait() / labels.num_processes
+            )
+            parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
+            total = total + weight * text
+        return Losses(total, parts)
+
+    def blocks(self, model: O1) -> Sequence[nn.Module]:
+        return list(model.model.language_model.layers)  # one block compiles 8 times faster
+
+    def grid(self, model: O1, step: int) -> Image.Image:
+        number, _ = self.recipe.locate(step - 1)
+        size = self.recipe.stages[number].size
+        noise_scale = self.recipe.objective.noise_scale
+        pictures = sample_pictures(
+            model, self.tokenizer, PROMPTS, size=size, noise_scale=noise_scale
+        )
+        return montage(pictures, size)
+
+    def export(self, model: O1, out_dir: Path) -> Path:
+        """In bf16, with tokenizer and hidream.json."""
+        draft = out_dir.with_name(f".{out_dir.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        half = copy.deepcopy(model).to("cpu", torch.bfloat16)
+        told = settings(model.config, self.recipe)
+        save_o1(half, draft, tokenizer=self.tokenizer, settings=told)
+        return put_in_place(draft, out_dir)
+
+
+def model_config(recipe: Recipe) -> O1Config:
+    """The named size; UsageError for one that does not exist."""
+    if recipe.model not in SIZES:
+        raise UsageError(f'unknown model "{recipe.model}"; sizes are {", ".join(SIZES)}.')
+    return SIZES[recipe.model]
+
+
+def tokenizer_folder(recipe: Recipe) -> Path:
+    """`tokenizer` of the recipe: a folder, `init` when empty; relative to here or the package."""
+    path = Path(recipe.tokenizer or recipe.init)
+    inside = PACKAGE.parent / path
+    return inside if not path.exists() and inside.exists() else path
+
+
+def sample_pictures(
+    model: O1,
+    tokenizer: Tokenizer,
+    prompts: tuple[str, ...],
+    *,
+    size: int,
+    noise_scale: float = 1.0,
+    num_steps: int = 15,
+    guidance_scale: float = 2.0,
+    seed: int = 0,
+) -> list[Image.Image]:
+    """One square picture a prompt, by Euler steps; picture i has seed `seed + i`."""
+
+    def tokens(prompt: str) -> Tokens:
+        return encode(tokenizer, model.config, prompt, width=size, height=size)
+
+    unconditional = tokens(UNCONDITIONAL_PROMPT)
+    jobs = []
+    for i, prompt in enumerate(prompts):
+        request = GenerateRequest(
+            prompt=prompt,
+            width=size,
+            height=size,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=(0.0, 1.0),
+            noise_scale=noise_scale,
+            sampler="euler",
+            shift=3.0,
+            sparsity=0.0,
+        )
+        jobs.append(O1Job(request, seed + i, tokens(prompt), unconditional))
+    with torch.no_grad():
+        return denoise_batch(model, jobs, counter=Counter())
+
+
+def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
+    """hidream.json: what the published layout cannot say about this checkpoint."""
+    size = recipe.stages[-1].size
+    return {
+        "name": recipe.name.replace("_", "-"),
+        "family": "o1",
+        "variant": "full",
+        "patch_size": config.patch_size,
+        "bottleneck_size": config.bottleneck_size,
+        "noise_scale": recipe.objective.noise_scale,
+        "sampler": "flash",
+        "num_inference_steps": 50,
+        "guidance_scale": 3.0,
+        "shift": 3.0,
+        "width": size,
+        "height": size,
+        "reference_budgets": {
+            "sides": [list(row) for row in config.budgets.sides],
+            "vision_sides": [list(row) for row in config.budgets.vision_sides],
+        },
+    }
+
+
+def _backend(recipe: Recipe) -> Backend:
+    if recipe.device != "cpu" or recipe.precision == "float32":
+        return "auto"  # measured in fp32 on a CPU: as fast at 16 patches, 1.3 times at 128
+    patch = SIZES[recipe.model].patch_size if recipe.model in SIZES else 16
+    longest = max(
+        max(recipe.buckets.of(task)) + 32 + 2 * (stage.size // patch) ** 2
+        for stage in recipe.stages
+        for task in stage.tasks
+    )
+    return "math" if longest < 2 * MATH_ATTENTION_BELOW else "auto"
