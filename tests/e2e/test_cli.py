@@ -290,9 +290,9 @@ def test_memory_policies(hidream):
 
 
 def test_what_cannot_fit_is_exit_5(hidream, monkeypatch):
-    from hidream.models.o1 import memory
+    from hidream.models import machine
 
-    monkeypatch.setattr(memory, "total_memory", lambda device: 1000)
+    monkeypatch.setattr(machine, "total_memory", lambda device: 1000)
     code, out, err = hidream("generate", "a red cube", *FEW)
     assert (code, out) == (5, "")
     assert "--memory auto needs" in err

@@ -15,7 +15,7 @@ from hidream.nn import sparse as sparse_attention
 from hidream.nn.attention import attention
 from hidream.nn.sparse import Blocks, Sparse, block_order, choose_blocks
 from hidream.pipelines import load
-from hidream.pipelines.denoise import batch_key
+from hidream.pipelines.base import batch_key
 from hidream.request import GenerateRequest, resolve, warnings_of
 from tests import tiny
 from tests.tiny_i1 import features, latents, random_i1

@@ -78,6 +78,7 @@ def load_i1(
     device = torch.device(device)
     with torch.device("meta"):
         model = I1(config, attention_backend)
+    check_tensors(folder, tensor_shapes(model))
     check_quantised(memory, device, dtype)
     check_fit(config, memory, device=device, dtype=dtype)
     if memory == AUTO:
