@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.i1_step import CONFIG
 from hidream.bench.timing import machine
-from hidream.models.i1.config import I1Config
 from hidream.models.i1.model import I1, Features
 from hidream.models.o1 import model as o1_model
 from hidream.models.o1.model import O1, Prefix
@@ -42,17 +42,6 @@ SPARSITIES = (0.5, 0.7, 0.85)
 ROWS_AT = 0.7  # where blocks are also taken row by row, for the error
 NUM_TEXT = 256
 ATTENTION = {32: (4, 5), 64: (4, 2), 128: (1, 1)}  # patches a side: heads, rounds
-I1_CONFIG = I1Config(
-    num_layers=2,
-    num_single_layers=4,
-    num_heads=2,
-    head_dim=128,
-    t5_size=1024,
-    llama_size=1024,
-    rope_dims=(64, 32, 32),
-    max_resolution=(64, 64),
-    llama_layers=tuple(range(6)),
-)
 I1_SIDES = {32: 3, 64: 1}  # patches a side: rounds
 PROMPT = "a red cube left of a blue sphere"
 # Patches a side: patches in a block, rounds of timing. At 8, nano's own size, 64 would be all.
@@ -74,7 +63,7 @@ def attention_part(sides: Sides) -> Cases:
 
 def i1_part(sides: Sides) -> Cases:
     torch.manual_seed(0)
-    model = I1(I1_CONFIG).requires_grad_(False).eval()
+    model = I1(CONFIG).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -86,12 +75,12 @@ def i1_part(sides: Sides) -> Cases:
     features = Features(
         t5=noise(1, NUM_TEXT // 2, 1024),
         llama=noise(6, 1, NUM_TEXT // 2, 1024),
-        pooled=noise(1, I1_CONFIG.pooled_size),
+        pooled=noise(1, CONFIG.pooled_size),
     )
     sigma = torch.tensor([0.6])
     for side in [s for s in I1_SIDES if s in sides or not sides]:
         rounds = I1_SIDES[side]
-        x_t = noise(1, I1_CONFIG.in_channels, 2 * side, 2 * side)
+        x_t = noise(1, CONFIG.in_channels, 2 * side, 2 * side)
         options: dict[str, Any] = {"height": 2 * side, "width": 2 * side, "sigmas": sigma}
         prefixes = {
             sparsity: model.prefill(features, sparsity=sparsity, **options)

@@ -31,7 +31,7 @@ _BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
-TRANSFORMER_STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 COMFY_PREFIX = "model.diffusion_model."
 TRANSFORMER = "HiDreamImageTransformer2DModel"  # the class that I1's published config names
 REFINER = "i1-full"  # what E1 is refined with, unless another is named
@@ -129,7 +129,7 @@ def open_model(path: str | Path) -> Folder:
     place = transformer_folder(path)
     if place is None:
         return open_folder(path)
-    opened = open_folder(place, stem=TRANSFORMER_STEM)
+    opened = open_folder(place, stem=DIFFUSERS_STEM)
     if place == path:
         return opened
     parts = [part for part in path.iterdir() if part.is_dir() and part != place]

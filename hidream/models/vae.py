@@ -18,11 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hidream.errors import ModelError
-from hidream.folder import open_folder
+from hidream.folder import DIFFUSERS_STEM, open_folder
 from hidream.models.loading import load_weights, quiet_imports
 from hidream.tiling import Tile, join, split
 
-STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 TILE = 128  # latents: 1024 pixels
 OVERLAP = 32
 MAX_WHOLE = 160 * 160  # latents of a picture that is coded whole
@@ -68,7 +67,7 @@ class LatentCodec:
                 "HiDream-I1's VAE needs diffusers, which is not installed.",
                 'Install it with: pip install "hidream[i1]".',
             ) from error
-        opened = open_folder(folder, stem=STEM)
+        opened = open_folder(folder, stem=DIFFUSERS_STEM)
         found = opened.config.get("_class_name")
         if found != "AutoencoderKL":
             raise ModelError(

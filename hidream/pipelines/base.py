@@ -67,6 +67,19 @@ class Counter:
         self.num_reused += other.num_reused
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What `load` was asked for, found; the last three are I1's and E1's."""
+
+    device: torch.device
+    dtype: torch.dtype
+    policy: Policy
+    prefix_bytes: int
+    llama: str | Path | None
+    refiner: str | Path
+    text_encoders: bool
+
+
 @dataclass(frozen=True)
 class Plan:
     """A request as it will be run: resolved, one job a picture, and what its user is told."""
@@ -95,16 +108,9 @@ class Pipeline(ABC):
         cls,
         spec: Spec,
         folder: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        policy: Policy,
-        prefix_bytes: int,
-        llama: str | Path | None,
-        refiner: str | Path,
-        text_encoders: bool,
+        options: LoadOptions,
     ) -> Pipeline:
-        """The pipeline of a model's folder; see `load`."""
+        """The pipeline of a model's folder."""
 
     @property
     @abstractmethod

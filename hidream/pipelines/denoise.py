@@ -17,9 +17,8 @@ from hidream.models.o1.model import O1, Prefix
 from hidream.models.o1.patches import patchify, to_levels, to_picture, unpatchify
 from hidream.models.o1.tokens import Tokens
 from hidream.pipelines.base import Counter
-from hidream.pipelines.jobs import Job, keeping, sampler_of, source_pixels, with_kept
+from hidream.pipelines.jobs import Job, keeping, sampler_of, sigmas_of, source_pixels, with_kept
 from hidream.pipelines.prefixes import Prefixes
-from hidream.request import GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,6 @@ class O1Job(Job):
 
     tokens: Tokens
     unconditional: Tokens
-
-
-def sigmas_of(request: GenerateRequest) -> Float[Tensor, " num_steps_plus_1"]:
-    """The schedule that a resolved request asks for, cut to its strength."""
-    if request.sigmas is not None:
-        sigmas = sampling.custom_sigmas(request.sigmas)
-    else:
-        sigmas = sampling.full_sigmas(request.num_inference_steps, request.shift)
-    if request.strength is not None:
-        sigmas = sampling.truncate(sigmas, request.strength)
-    return sigmas
 
 
 def denoise_batch(
@@ -62,7 +50,7 @@ def denoise_batch(
     device = model.model.final_layer2.linear.weight.device
     shape = (3, request.height, request.width)
     seeds = [job.seed for job in jobs]
-    sigmas = sigmas_of(request)
+    sigmas = sigmas_of(request, sampling.full_sigmas)
 
     def step_noise(step: int) -> Tensor:
         return patchify(sampling.step_noise(seeds, step, shape), patch_size).to(device)

@@ -20,10 +20,9 @@ from hidream.models.i1.text import TextEncoders, Texts, texts_of
 from hidream.models.i1.weights import load_i1, open_i1
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.vae import LatentCodec
-from hidream.pipelines.base import Counter, OnStep, Pipeline, Plan
+from hidream.pipelines.base import Counter, LoadOptions, OnStep, Pipeline, Plan
 from hidream.pipelines.jobs import find_source, resized
 from hidream.pipelines.latent import LatentJob, denoise_latents
-from hidream.pipelines.prefixes import MAX_KEPT
 from hidream.registry import Spec
 from hidream.request import GenerateRequest, warnings_of
 
@@ -55,27 +54,21 @@ class I1Pipeline(Pipeline):
         cls,
         spec: Spec,
         folder: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        policy: Policy,
-        prefix_bytes: int = MAX_KEPT,
-        llama: str | Path | None = None,
-        refiner: str | Path = REFINER,
-        text_encoders: bool = True,
+        options: LoadOptions,
     ) -> I1Pipeline:
         config = open_i1(folder)[1]
-        parts = components_folder(spec, folder, refiner)
+        parts = components_folder(spec, folder, options.refiner)
+        device, dtype, policy = options.device, options.dtype, options.policy
         encoders = TextEncoders({}, device=device, dtype=dtype)
-        if text_encoders:
+        if options.text_encoders:
             encoders = TextEncoders.open(
                 parts,
-                llama=llama,
+                llama=options.llama,
                 device=device,
                 dtype=dtype,
                 keep=not policy.lends,
                 piecewise=policy.piecewise,
-                max_kept=prefix_bytes,
+                max_kept=options.prefix_bytes,
             )
             encoders.check(config)
         codec = LatentCodec.open(parts / "vae", device=device, dtype=dtype, keep=not policy.lends)
@@ -86,7 +79,7 @@ class I1Pipeline(Pipeline):
                 "Use the VAE of its own repository.",
             )
         model = load_i1(folder, device=device, dtype=dtype, memory=policy)
-        return cls(spec, model, encoders, codec, refiner, folder)
+        return cls(spec, model, encoders, codec, options.refiner, folder)
 
     @property
     def device(self) -> torch.device:

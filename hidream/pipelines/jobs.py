@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -77,6 +77,17 @@ def source_pixels(
         pictures.append(to_tensor(source.picture))
         changeable.append((to_tensor(mask.convert("RGB")) + 1) / 2)
     return torch.stack(pictures), torch.stack(changeable)
+
+
+def sigmas_of(
+    request: GenerateRequest, schedule: Callable[[int, float], Tensor]
+) -> Float[Tensor, " num_steps_plus_1"]:
+    """The sigmas that a resolved request visits, its own or its model's, cut to its strength."""
+    if request.sigmas is not None:
+        sigmas = sampling.custom_sigmas(request.sigmas)
+    else:
+        sigmas = schedule(request.num_inference_steps or 1, request.shift or 1.0)
+    return sigmas if request.strength is None else sampling.truncate(sigmas, request.strength)
 
 
 def sampler_of(request: GenerateRequest) -> sampling.Sampler:

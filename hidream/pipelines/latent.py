@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from hidream.models.i1.text import TextEncoders, Texts
 from hidream.models.o1.patches import to_picture, to_tensor
 from hidream.models.vae import LatentCodec
 from hidream.pipelines.base import Counter, OnStep
-from hidream.pipelines.jobs import Job, keeping, sampler_of, source_pixels, with_kept
-from hidream.request import GenerateRequest
+from hidream.pipelines.jobs import Job, keeping, sampler_of, sigmas_of, source_pixels, with_kept
 from hidream.tiling import join, seamless, split, wrap
 
 MARGIN = 8  # latents, beyond which a decoder's borders are not seen
@@ -40,18 +38,6 @@ class LatentJob(Job):
     edited: Image.Image | None = None
     target: Texts | None = None
     given: Mapping[Texts, Features] = field(default_factory=dict)
-
-
-def sigmas_of(request: GenerateRequest, *, distilled: bool) -> Float[Tensor, " num_steps_plus_1"]:
-    """The schedule that a resolved request asks for, cut to its strength."""
-    steps, shift = request.num_inference_steps or 1, request.shift or 1.0
-    if request.sigmas is not None:
-        sigmas = sampling.custom_sigmas(request.sigmas)
-    elif distilled:
-        sigmas = sampling.i1_distilled_sigmas(steps, shift)
-    else:
-        sigmas = sampling.i1_sigmas(steps, shift)
-    return sigmas if request.strength is None else sampling.truncate(sigmas, request.strength)
 
 
 def denoise_latents(
@@ -77,7 +63,8 @@ def denoise_latents(
     request, seeds = jobs[0].request, [job.seed for job in jobs]
     height, width = ((side or 0) // codec.factor for side in (request.height, request.width))
     device, shape = model.x_embedder.proj.weight.device, (codec.channels, height, width)
-    sigmas = sigmas_of(request, distilled=distilled)
+    schedule = sampling.i1_distilled_sigmas if distilled else sampling.i1_sigmas
+    sigmas = sigmas_of(request, schedule)
     timesteps = None
     if request.as_published and not distilled and request.sigmas is None:
         timesteps = sampling.i1_timesteps(request.num_inference_steps or 1, request.shift or 1.0)

@@ -10,7 +10,7 @@ import torch
 from hidream.errors import UsageError
 from hidream.folder import REFINER, locate
 from hidream.memory import find_policy
-from hidream.pipelines.base import Pipeline
+from hidream.pipelines.base import LoadOptions, Pipeline
 from hidream.pipelines.devices import find_device, find_dtype, told_when_full
 from hidream.pipelines.prefixes import MAX_KEPT
 
@@ -52,15 +52,14 @@ def load(
         raise UsageError(f"{spec.name} has no Llama.", "Leave it out.")
     module, name = spec.pipeline.split(":")
     pipeline: type[Pipeline] = getattr(import_module(module), name)
+    options = LoadOptions(
+        device=chosen_device,
+        dtype=chosen_dtype,
+        policy=policy,
+        prefix_bytes=prefix_bytes,
+        llama=llama,
+        refiner=refiner,
+        text_encoders=text_encoders,
+    )
     with told_when_full(chosen_device, policy, "the model's weights"):
-        return pipeline.open(
-            spec,
-            folder,
-            device=chosen_device,
-            dtype=chosen_dtype,
-            policy=policy,
-            prefix_bytes=prefix_bytes,
-            llama=llama,
-            refiner=refiner,
-            text_encoders=text_encoders,
-        )
+        return pipeline.open(spec, folder, options)

@@ -12,17 +12,16 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
-from hidream.folder import REFINER
 from hidream.memory import AUTO, Policy
 from hidream.models.loras import LoraWeights, with_loras
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import Tokenizer, encode, with_prompt
 from hidream.models.o1.weights import load_o1
-from hidream.pipelines.base import Counter, OnStep, Pipeline, Plan
+from hidream.pipelines.base import Counter, LoadOptions, OnStep, Pipeline, Plan
 from hidream.pipelines.denoise import O1Job, denoise_batch
 from hidream.pipelines.devices import told_when_full
 from hidream.pipelines.jobs import find_source
-from hidream.pipelines.prefixes import MAX_KEPT, Prefixes
+from hidream.pipelines.prefixes import Prefixes
 from hidream.pipelines.text import OnToken, TextOutput, write_texts
 from hidream.registry import Spec
 from hidream.request import GenerateRequest, warnings_of
@@ -51,17 +50,12 @@ class O1Pipeline(Pipeline):
         cls,
         spec: Spec,
         folder: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        policy: Policy,
-        prefix_bytes: int = MAX_KEPT,
-        llama: str | Path | None = None,
-        refiner: str | Path = REFINER,
-        text_encoders: bool = True,
+        options: LoadOptions,
     ) -> O1Pipeline:
-        model, tokenizer = load_o1(folder, device=device, dtype=dtype, memory=policy)
-        return cls(spec, model, tokenizer, Prefixes(prefix_bytes))
+        model, tokenizer = load_o1(
+            folder, device=options.device, dtype=options.dtype, memory=options.policy
+        )
+        return cls(spec, model, tokenizer, Prefixes(options.prefix_bytes))
 
     @property
     def device(self) -> torch.device:

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from hidream.folder import DIFFUSERS_STEM
 from hidream.models.loading import quiet_imports
 from hidream.models.o1.patches import to_picture, to_tensor
-from hidream.models.vae import STEM
 from hidream.train.config import Autoencoder
 from hidream.train.distributed import PendingSum
 from hidream.train.draws import draw_noise, draw_sample, task_of
@@ -97,7 +97,7 @@ class VaeLearner(Learner):
         draft = out_dir.with_name(f".{out_dir.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         model.save_pretrained(draft)
-        assert (draft / f"{STEM}.safetensors").is_file()
+        assert (draft / f"{DIFFUSERS_STEM}.safetensors").is_file()
         return put_in_place(draft, out_dir)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from hidream.errors import ModelError
 from hidream.folder import (
-    TRANSFORMER_STEM,
+    DIFFUSERS_STEM,
     Folder,
     open_file,
     open_folder,
@@ -50,7 +50,7 @@ def open_i1(path: str | Path, config: I1Config | None = None) -> tuple[Folder, I
     path = Path(path).expanduser()
     if not path.is_dir():
         return open_file(path), config or I1_FULL
-    folder = open_folder(transformer_folder(path) or path, stem=TRANSFORMER_STEM)
+    folder = open_folder(transformer_folder(path) or path, stem=DIFFUSERS_STEM)
     return folder, config or I1Config.from_dict(folder.config)
 
 
@@ -113,10 +113,10 @@ def save_i1(model: I1, path: str | Path, *, max_shard_bytes: int = MAX_SHARD) ->
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     split = split_torch_state_dict_into_shards(
         tensors,
-        filename_pattern=TRANSFORMER_STEM + "{suffix}.safetensors",
+        filename_pattern=DIFFUSERS_STEM + "{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    index = f"{TRANSFORMER_STEM}.safetensors.index.json"
+    index = f"{DIFFUSERS_STEM}.safetensors.index.json"
     written = {*split.filename_to_tensors, *([index] if split.is_sharded else [])}
     others = sorted({f.name for f in path.glob("*.safetensors*")} - written)
     if others:
