@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": ("doctor", "look at this machine and installation"),
     "train": ("train", "train a model by a recipe"),
     "bench": ("bench", "time this machine, against two other ways to draw"),
+    "hidit": ("hidit", "Hi-DiT: ImageNet data, training, sampling, FID"),
     "eval": ("evaluate", "measure how often a model's pictures are right"),
 }
 HELP = "\n".join(

@@ -1,9 +1,10 @@
-"""Several one-thread processes on one machine, joined by one all-reduce a step."""
+"""Several processes joined by one all-reduce a step: started by us, by torchrun or by accelerate."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,13 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hidream.errors import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place: `rank` of `size`. Size 1 needs no process group."""
+    """This process's place: `rank` of `size`, on `device`. Size 1 needs no process group."""
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"
 
     @property
     def main(self) -> bool:
@@ -99,3 +103,38 @@ def leave(world: World) -> None:
     """End this process's part in the group."""
     if world.size > 1:
         dist.destroy_process_group()
+
+
+@contextmanager
+def launched(device: str = "cpu") -> Iterator[World]:
+    """The group that `torchrun` or `accelerate launch` started this process for; alone without one.
+
+    Both say who is who in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    With "cuda" each process takes the GPU of its local rank. Raises UsageError for an environment
+    that is not whole.
+    """
+    try:
+        rank, size, local = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+        if not 0 <= rank < size:
+            raise ValueError(f"rank {rank} of {size}")
+        if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise ValueError("no MASTER_ADDR and MASTER_PORT")
+    except ValueError as error:
+        raise UsageError(
+            f"the environment names no place in a group of processes ({error}).",
+            "Start with torchrun or accelerate launch, or unset RANK and WORLD_SIZE.",
+        ) from error
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if size > 1:
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    try:
+        yield World(rank=rank, size=size, device=device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()

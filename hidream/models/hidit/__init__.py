@@ -1,0 +1,1 @@
+"""Hi-DiT: a diffusion transformer whose last steps also see pixels."""
