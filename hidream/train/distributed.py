@@ -1,4 +1,4 @@
-"""Several processes joined by one all-reduce a step: started by us, by torchrun or by accelerate."""
+"""Several processes joined by one all-reduce a step: our own, torchrun's or accelerate's."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ HELP = "\n".join(
         "",
         *(f"  {name:<15}{what}" for name, (_, what) in STAGES.items()),
         "",
-        "hidream hidit STAGE --help lists a stage's flags. cache-latents, train and sample also run",
-        "as several processes: torchrun --nproc_per_node 8 -m hidream hidit STAGE ...",
+        "hidream hidit STAGE --help lists a stage's flags. cache-latents, train and sample",
+        "also run as several processes: torchrun --nproc_per_node 8 -m hidream hidit STAGE ...",
     ]
 )
 
