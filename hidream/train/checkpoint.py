@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Progress:
     samples: int  # drawn before that step, over all processes
     seconds: float  # spent so far, over all sessions
     recipe: dict[str, Any]
+    scaler: dict[str, Any] = field(default_factory=dict)  # fp16's gradient scale and its counters
 
 
 def save(
@@ -46,7 +47,7 @@ def save(
     """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"step-{progress.step:08d}"
+    folder = folder_of(run_dir, progress.step)
     draft = root / f".{folder.name}.{os.getpid()}"
     draft.mkdir()
     try:
@@ -72,6 +73,17 @@ def save(
     return folder
 
 
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies, if there is one."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """The steps of which there are checkpoints, rising."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(int(folder.name.removeprefix("step-")) for folder in found)
+
+
 def latest(run_dir: Path) -> Path:
     """The current checkpoint's folder; ModelError where there is none."""
     pointer = run_dir / "checkpoints" / "latest"
@@ -88,12 +100,17 @@ def load(
     model: nn.Module,
     ema: nn.Module | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (),
+    *,
+    may_be_new: str = "",
 ) -> Progress:
-    """Fill model, moving average and optimizer in place; ModelError for anything amiss."""
+    """Fill model, moving average and optimizer in place; ModelError for anything amiss.
+
+    Tensors whose names begin with `may_be_new` keep their values where the checkpoint has none.
+    """
     progress = read_progress(folder)
-    _fill(model, folder / FILES[0])
+    _fill(model, folder / FILES[0], may_be_new)
     if ema is not None:
-        _fill(ema, folder / FILES[1])
+        _fill(ema, folder / FILES[1], may_be_new)
     if optimizers:
         restore_optimizers(model, optimizers, _read(folder / FILES[2]), folder)
     return progress
@@ -156,8 +173,10 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _fill(module: nn.Module, file: Path) -> None:
+def _fill(module: nn.Module, file: Path, may_be_new: str = "") -> None:
     tensors, own = _read(file), module.state_dict()
+    if may_be_new:
+        tensors = {n: t for n, t in own.items() if n.startswith(may_be_new)} | tensors
     different = sorted(tensors.keys() ^ own.keys())
     different += [n for n in tensors.keys() & own.keys() if tensors[n].shape != own[n].shape]
     if different:
