@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hidream.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
@@ -54,7 +58,8 @@ def save(
         save_file(_on_cpu(model.state_dict()), draft / FILES[0])
         save_file(_on_cpu(ema.state_dict()), draft / FILES[1])
         save_file(_on_cpu(optimizer_tensors(model, optimizers)), draft / FILES[2])
-        (draft / FILES[3]).write_text(json.dumps({"format": FORMAT, **vars(progress)}, indent=1))
+        state = {"format": FORMAT, **vars(progress), "digests": _digests(draft)}
+        (draft / FILES[3]).write_text(json.dumps(state, indent=1))
         for name in FILES:
             _sync(draft / name)
         if folder.exists():
@@ -85,14 +90,37 @@ def steps_of(run_dir: Path) -> list[int]:
 
 
 def latest(run_dir: Path) -> Path:
-    """The current checkpoint's folder; ModelError where there is none."""
+    """The current checkpoint's folder; where that is damaged, the newest before it that is not.
+
+    Raises ModelError where there is none at all, or none that is whole.
+    """
     pointer = run_dir / "checkpoints" / "latest"
     try:
-        return pointer.parent / pointer.read_text().strip()
+        current = pointer.parent / pointer.read_text().strip()
     except OSError as error:
         raise ModelError(
             f"{run_dir} holds no checkpoint to resume from.", "Start the run without --resume."
         ) from error
+    older = [folder_of(run_dir, step) for step in reversed(steps_of(run_dir))]
+    for folder in (current, *(folder for folder in older if folder.name < current.name)):
+        try:
+            verify(folder)
+            return folder
+        except ModelError as error:
+            logger.warning("%s The one before it is used.", error.problem)
+    raise ModelError(f"no checkpoint in {run_dir} is whole.", "Start anew, in another folder.")
+
+
+def verify(folder: Path) -> None:
+    """ModelError unless a checkpoint's files are those that were written, by their SHA-256."""
+    progress = _state(folder)
+    try:
+        found = _digests(folder)
+    except OSError as error:
+        raise _broken(folder, f"{error.filename}: {error.strerror}") from error
+    for name, digest in progress.get("digests", {}).items():
+        if found.get(name) != digest:
+            raise _broken(folder, f"{name} is not what was written")
 
 
 def load(
@@ -123,16 +151,12 @@ def load_ema(folder: Path, model: nn.Module) -> Progress:
 
 
 def read_progress(folder: Path) -> Progress:
-    """The checkpoint's state.json."""
+    """Where the checkpoint's run stands."""
+    state = _state(folder)
     try:
-        state = json.loads((folder / FILES[3]).read_text())
-        number = state.pop("format")
-        progress = Progress(**state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Progress(**{k: v for k, v in state.items() if k not in ("format", "digests")})
+    except TypeError as error:
         raise _broken(folder, f"state.json: {error}") from error
-    if number != FORMAT:
-        raise _broken(folder, f"format {number}, this version reads {FORMAT}")
-    return progress
 
 
 def optimizer_tensors(
@@ -169,6 +193,26 @@ def restore_optimizers(
         owners[parameter].state[parameter][key] = value.to(parameter.device)
 
 
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((folder / FILES[3]).read_text())
+        number = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(folder, f"state.json: {error}") from error
+    if number != FORMAT:
+        raise _broken(folder, f"format {number}, this version reads {FORMAT}")
+    return state
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file but state.json, which holds them."""
+    found = {}
+    for name in FILES[:3]:
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -194,7 +238,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _broken(folder: Path, problem: str) -> ModelError:
     return ModelError(
         f"checkpoint {folder} is broken ({problem}).",
-        "Write the name of an older step folder beside it into `latest`, or start anew.",
+        "Resume from another step, or start anew.",
     )
 
 

@@ -89,6 +89,22 @@ def test_what_is_missing_or_damaged_is_said(tmp_path):
         checkpoint.load(folder, model)
 
 
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, caplog, name):
+    model, optimizers = trained(0)
+    for step in (1, 2):
+        folder = checkpoint.save(tmp_path, progress(step), model, model, optimizers, keep=2)
+    file = folder / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # one bit of one value
+    file.write_bytes(content)
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    assert f"{name}.safetensors is not what was written" in caplog.text
+    (checkpoint.folder_of(tmp_path, 1) / "state.json").unlink()
+    with pytest.raises(ModelError, match=r"no checkpoint in .* is whole"):
+        checkpoint.latest(tmp_path)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     from dataclasses import replace
 
