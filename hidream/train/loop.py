@@ -16,7 +16,7 @@ from torch import nn
 from hidream.errors import UsageError
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
-from hidream.train.config import Recipe
+from hidream.train.config import Recipe, parse_recipe
 from hidream.train.distributed import World
 from hidream.train.learner import Learner, learner_of
 from hidream.train.log import Meter, OnLog, RunLog
@@ -206,8 +206,8 @@ def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, world: Worl
 
 def _check_same_recipe(recipe: Recipe, progress: Progress) -> None:
     """Continuing with another recipe is allowed, and said; sizes of steps already done are not."""
-    now = recipe.to_dict()
-    changed = [key for key in now if _plain(now[key]) != _plain(progress.recipe.get(key))]
+    now, before = recipe.to_dict(), parse_recipe(progress.recipe).to_dict()
+    changed = [key for key in now if now[key] != before[key]]
     if changed:
         logger.warning("resumed with a changed recipe: %s", ", ".join(sorted(changed)))
     if recipe.first_sample(progress.step) != progress.samples:
@@ -216,10 +216,3 @@ def _check_same_recipe(recipe: Recipe, progress: Progress) -> None:
             f"{recipe.first_sample(progress.step)} samples instead of {progress.samples}.",
             "Keep `steps` and `batch_size` of finished stages.",
         )
-
-
-def _plain(value: object) -> object:
-    """Tuples and lists alike, as JSON has only lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
