@@ -195,7 +195,9 @@ def _finish(work: _Work) -> None:
     part.finish(work.folder, work.target, names, labels, work.plan)
 
 
-def _pictures(work: _Work, batches: Sequence[range]) -> Iterator[UInt8[np.ndarray, "b 3 h w"]]:
+def _pictures(
+    work: _Work, batches: Sequence[range]
+) -> Iterator[UInt8[np.ndarray, "b 3 height width"]]:
     """The pictures of each batch, read while those before are encoded."""
     with h5.opened(work.images.path) as file, ThreadPoolExecutor(AHEAD) as pool:
 
@@ -214,7 +216,7 @@ def _pictures(work: _Work, batches: Sequence[range]) -> Iterator[UInt8[np.ndarra
 
 
 def _encoded(
-    work: _Work, encode: Encode, batch: range, pictures: UInt8[np.ndarray, "b 3 h w"]
+    work: _Work, encode: Encode, batch: range, pictures: UInt8[np.ndarray, "b 3 height width"]
 ) -> Float[np.ndarray, "b c h w"]:
     """Mean and deviation of a batch, float32, one after the other along the channels."""
     with torch.inference_mode():

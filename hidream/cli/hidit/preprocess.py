@@ -50,6 +50,9 @@ def run(argv: list[str]) -> int:
     from hidream.data.h5 import IMAGES, h5_file
     from hidream.data.preprocess import preprocess
 
+    path = h5_file(Path(arguments.output_path).expanduser(), IMAGES)
+    if path.exists() and not arguments.overwrite:
+        console.say(f"{path} is there already.")
     progress = Items("pictures")
     try:
         report = preprocess(
@@ -72,7 +75,6 @@ def run(argv: list[str]) -> int:
             console.say("  and more: images_report.json names all of them.")
     if report.absent:
         console.warn(f"dataset.json names {report.absent} files that are not there.")
-    path = h5_file(Path(arguments.output_path).expanduser(), IMAGES)
     if arguments.json:
         console.show({"path": str(path), **asdict(report)})
     else:
