@@ -367,10 +367,13 @@ def _is_fresh(folder: Path, data_dir: Path, latents_name: str | None, dtype: str
         noted, status = meta["sources"][name], path.stat()
         if noted["size"] == status.st_size and noted["mtime_ns"] == status.st_mtime_ns:
             continue
-        listing = h5.read_listing(data_dir, stem)  # copied, or touched
-        if noted["fingerprint"] != h5.fingerprint(listing):
+        now = _state(path, data_dir)  # perhaps it was only copied, or touched
+        if noted["fingerprint"] != now["fingerprint"]:
             logger.warning("%s has changed since %s was packed", path, folder)
             return False
+        meta["sources"][name] = now
+        with suppress(InputError):  # so that the next one need not look so closely
+            h5.write_whole(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return True
 
 
@@ -384,6 +387,11 @@ def _state(path: Path, data_dir: Path) -> dict[str, Any]:
     }
 
 
+def _essence(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the arrays depend on: not when the h5 files were last touched."""
+    return {**meta, "sources": {k: v["fingerprint"] for k, v in meta["sources"].items()}}
+
+
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -395,6 +403,6 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 def _reopen(folder: Path, meta: dict[str, Any]) -> Packed:
     """What a pickle becomes: the folder as it was, or InputError."""
     packed = Packed(folder)
-    if packed.meta != meta:
+    if _essence(packed.meta) != _essence(meta):
         raise InputError(f"{folder} was packed anew while it was in use.", "Start again.")
     return packed
