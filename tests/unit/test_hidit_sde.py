@@ -50,8 +50,10 @@ def exact_std(std, num_steps, last):
 
 @pytest.mark.parametrize(
     ("std", "num_steps", "ratio"),
-    [(1, 50, 0.986), (1, 100, 0.992), (1, 250, 0.995)]
-    + [(0.1, 50, 0.80), (0.1, 100, 0.78), (0.1, 250, 0.77)],
+    [
+        *((1, 50, 0.986), (1, 100, 0.992), (1, 250, 0.995)),
+        *((0.1, 50, 0.80), (0.1, 100, 0.78), (0.1, 250, 0.77)),
+    ],
 )
 def test_the_recursion_gives_the_known_deviations(std, num_steps, ratio):
     digits = 3 if std == 1 else 2
@@ -83,7 +85,9 @@ def test_monte_carlo_agrees(std):
         noise=lambda step: picture_noise(1, step + 1, [size]),
     )
     # The deviation of n normal numbers is itself known to 1 / sqrt(2 n): 0.35 %.
-    assert float(final.std()) == pytest.approx(exact_std(std, 50, "mean"), rel=4 / math.sqrt(2 * size))
+    assert float(final.std()) == pytest.approx(
+        exact_std(std, 50, "mean"), rel=4 / math.sqrt(2 * size)
+    )
     assert abs(float(final.mean())) < 4 * std / math.sqrt(size)
 
 
