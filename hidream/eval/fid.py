@@ -192,7 +192,8 @@ def frechet_distance(
     Raises InputError where they are of different sizes, not finite or no covariance.
     """
     first, second = moments(mean1, covariance1), moments(mean2, covariance2)
-    check_same_size(first, len(second.mean), "the first", "the second")
+    if len(first.mean) != len(second.mean):
+        raise InputError(f"{len(first.mean)} features cannot be compared with {len(second.mean)}.")
     return distance(first.gaussian(), second.gaussian())
 
 
@@ -240,15 +241,6 @@ def moments(mean: Any, covariance: Any, *, name: str = "statistics", **known: An
     return Moments(mean=mu, covariance=(sigma + sigma.T) / 2, **known)
 
 
-def check_same_size(found: Moments, num_features: int, name: str, other: str) -> None:
-    """InputError unless `found` is of `num_features`."""
-    if len(found.mean) != num_features:
-        raise InputError(
-            f"{name} is of {len(found.mean)} features, but {other} has {num_features}.",
-            "Both must come from the same network.",
-        )
-
-
 def read_stats(path: str | Path) -> Moments:
     """A published or our own .npz: `mu` (d) and `sigma` (d, d), in float64 or float32.
 
@@ -291,16 +283,11 @@ def write_stats(path: Path, stats: Stats, features: str) -> None:
 
     Raises InputError: fewer than 2 pictures, or the file cannot be written.
     """
-    arrays = {
-        "mu": stats.mean.numpy(),
-        "sigma": stats.covariance.numpy(),
-        "num_pictures": np.int64(stats.count),
-        "features": np.str_(features),
-    }
+    mu, sigma = stats.mean.numpy(), stats.covariance.numpy()
     temporary = path.with_name(f".hidream-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, mu=mu, sigma=sigma, num_pictures=stats.count, features=features)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}.") from error
