@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -83,36 +84,23 @@ def open_pictures(folder: str | Path) -> PictureSet:
     return PictureSet(folder, names, lambda name: read_file(folder / name))
 
 
-def open_h5(folder: str | Path) -> PictureSet:
-    """The pictures of `images.h5` as hidream hidit preprocess writes it, by name.
+@contextmanager
+def open_h5(folder: str | Path) -> Iterator[PictureSet]:
+    """The pictures of the `images.h5` in a folder, as hidream hidit preprocess writes it.
 
-    Raises InputError: it is missing, damaged or empty, or h5py is.
+    Raises InputError: it or `images_h5.json` is missing, not whole or empty, or h5py is.
     """
-    file = Path(folder).expanduser() / "images.h5"
-    try:
-        import h5py
-    except ImportError as error:
-        raise InputError("reading .h5 needs h5py.", "pip install 'hidream[data]'") from error
-    if not file.is_file():
-        raise InputError(f"{file} does not exist.", "It is made by hidream hidit preprocess.")
-    names: list[str] = []
-    try:
-        opened = h5py.File(file, "r")
-        opened.visit(lambda name: names.append(name) if name.endswith(".png") else None)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{file} is damaged or still being written.", "Make it anew.") from error
-    if not names:
-        raise InputError(f"{file} holds no pictures.", "Make it anew: hidream hidit preprocess.")
-    lock = Lock()
+    from hidream.data.h5 import IMAGES, opened, read_bytes, read_listing
 
-    def read(name: str) -> bytes:
-        try:
+    listing = read_listing(Path(folder).expanduser(), IMAGES)
+    lock = Lock()  # the library reads for one thread at a time
+    with opened(listing.path) as file:
+
+        def read(name: str) -> bytes:
             with lock:
-                return np.asarray(opened[name]).tobytes()
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{name} in {file} is damaged.", "Make the file anew.") from error
+                return read_bytes(file, name)
 
-    return PictureSet(file, sorted(names), read)
+        yield PictureSet(listing.path, listing.names, read)
 
 
 def batches(pictures: PictureSet, size: int) -> Iterator[UInt8[Tensor, "b 3 height width"]]:

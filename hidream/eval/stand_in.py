@@ -20,7 +20,7 @@ NUM_CLASSES = 10
 
 
 class StandIn(nn.Module):
-    """Three random convolutions; features are the means of their ReLU outputs over a picture.
+    """Three random convolutions; features are the means of their outputs over a picture.
 
     The first sees pixels beside each other, the others half and a quarter of the size, so that
     fine grain and coarse layout both move the features. Weights are counter-based noise: the same
@@ -44,7 +44,8 @@ class StandIn(nn.Module):
         means = []
         for layer in range(len(CHANNELS) - 1):
             weight, shift = self.get_buffer(f"conv_{layer}"), self.get_buffer(f"shift_{layer}")
-            x = F.relu(F.conv2d(x, weight, shift, stride=1 if layer == 0 else 2, padding=1))
+            x = F.conv2d(x, weight, shift, stride=1 if layer == 0 else 2, padding=1)
+            x = F.leaky_relu(x, 0.2)  # none of its outputs is always 0
             means.append(x.mean((2, 3)))
         features = torch.cat(means, 1)  # (b, 224)
         return Seen(features=features, logits=features @ self.head.T)

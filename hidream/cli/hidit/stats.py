@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from hidream.cli import console
@@ -51,12 +52,14 @@ def run(argv: list[str]) -> int:
 
     start = time.perf_counter()
     chosen = choose(arguments.inception, beside=output)
-    if arguments.data_dir is None:
-        pictures = open_pictures(arguments.input_dir)
-    else:
-        pictures = open_h5(arguments.data_dir)
-    check_number(pictures, with_score=False)
-    measured = look_at(pictures, chosen, arguments, with_score=False)
+    with ExitStack() as stack:
+        pictures = (
+            open_pictures(arguments.input_dir)
+            if arguments.data_dir is None
+            else stack.enter_context(open_h5(arguments.data_dir))
+        )
+        check_number(pictures, with_score=False)
+        measured = look_at(pictures, chosen, arguments, with_score=False)
     write_stats(output, measured.stats, chosen.name)
     if arguments.json:
         console.show(
