@@ -120,18 +120,19 @@ class Autoencoder:
 class HiDiTOptions:
     """Of a Hi-DiT: the files that it learns from, and which of its two stages this is.
 
-    `data_dir` holds images.h5 and the latents NAME.h5 that the VAE `vae_ckpt` (of kind `vae`) made
-    of them. `ldm_only` leaves the pixel branch as it is. `gate`, `attention` and `pixel_clock`: see
-    `hidream.models.hidit.config`. `weighting` "uniform" or "lognormal" is how noise levels are
-    drawn. `proj_coeff` weights the alignment of block `encoder_depth` with the features of
-    `enc_type` (0: none is loaded); `pixel_weight` the velocity error of pixels, which divides by
-    `pixel_delta` at least. `latents_dtype` is that of the packed copy.
+    `data_dir` holds images.h5 and the latents NAME.h5 that the VAE `vae_ckpt` made of them (`vae`:
+    its kind, if the file does not tell). `ldm_only` leaves the pixel branch as it is. `gate`,
+    `attention` and `pixel_clock`: see `hidream.models.hidit.config`. `weighting` "uniform" or
+    "lognormal" is how noise levels are drawn. `proj_coeff` weights the alignment of block
+    `encoder_depth` with the features of `enc_type` (0: none is loaded); `pixel_weight` the velocity
+    error of pixels, which divides by `pixel_delta` at least. `latents_dtype` is that of the packed
+    copy.
     """
 
     data_dir: str = ""
     vae_latents_name: str = ""
     latents_dtype: str = "float16"
-    vae: str = "f16d32"
+    vae: str = ""
     vae_ckpt: str = ""
     ldm_only: bool = False
     gate: float = 0.3

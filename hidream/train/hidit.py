@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from hidream.data.latents import stats_file
 from hidream.data.packed import open_packed
-from hidream.errors import UsageError
+from hidream.errors import InputError, UsageError
 from hidream.models.hidit.config import HiDiTConfig, size_of
 from hidream.models.hidit.encoder import open_encoder
 from hidream.models.hidit.model import HiDiT, pixel_parameters
@@ -62,7 +64,7 @@ class HiDiTBatch:
     def to(self, device: torch.device | str) -> HiDiTBatch:
         if torch.device(device).type == "cpu":
             return self
-        moved = {
+        moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -88,19 +90,27 @@ class HiDiTLearner(Learner):
         self.data = open_packed(
             options.data_dir, options.vae_latents_name, dtype=options.latents_dtype
         )
+        if self.data.moments_shape is None or len(self.data) == 0:
+            raise InputError(f"{self.data.folder} has nothing to learn from.", "Cache the latents.")
+        size = size_of(recipe.model.removeprefix("hidit-"))
         self.encoder = None
         if options.proj_coeff > 0:
-            path = options.enc_path or None
-            self.encoder = open_encoder(options.enc_type, path, device=recipe.device)
-        self.stats = read_stats(stats_file(options))
-        self.config = self._config()
+            self.encoder = open_encoder(
+                options.enc_type,
+                options.enc_path or None,
+                device=recipe.device,
+                grid=self.data.moments_shape[-1] // size.patch_size,
+            )
+        self.stats = read_stats(statistics_of(options))
+        self.config = self._config(size)
         if world is None or world.main:
             recipe.run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.config.to_dict(), indent=2)
             (recipe.run_dir / "config.json").write_text(text + "\n")
 
-    def _config(self) -> HiDiTConfig:
-        options, size = self.options, size_of(self.recipe.model.removeprefix("hidit-"))
+    def _config(self, size: HiDiTConfig) -> HiDiTConfig:
+        options = self.options
+        assert self.data.moments_shape is not None
         _, channels, side, _ = self.data.moments_shape
         return replace(
             size,
@@ -124,7 +134,6 @@ class HiDiTLearner(Learner):
             model.init_weights(torch.Generator().manual_seed(self.recipe.seed))
         model.set_statistics(*self.stats)
         model.requires_grad_(True).train()
-        model.pos_embed.requires_grad_(False)
         for parameter in pixel_parameters(model):
             parameter.requires_grad_(not self.options.ldm_only)
         return model
@@ -258,7 +267,7 @@ class HiDiTLearner(Learner):
     def grid(self, model: HiDiT, step: int) -> Image.Image:
         """One picture a class, of classes spread over all, as `hidream hidit sample` draws them."""
         device = next(model.parameters()).device
-        vae = load_vae(Path(self.options.vae_ckpt), self.options.vae, device=device)
+        vae = load_vae(self.options.vae_ckpt, self.options.vae or None, device)
         num_classes = self.config.num_classes
         labels = torch.arange(NUM_SHOWN) * max(num_classes // NUM_SHOWN, 1) % num_classes
         options = replace(SHOWN, output="vae") if self.options.ldm_only else SHOWN
@@ -276,9 +285,10 @@ class HiDiTLearner(Learner):
         return put_in_place(draft, out_dir)
 
 
-def stats_file(options: HiDiTOptions) -> Path:
+def statistics_of(options: HiDiTOptions) -> Path:
     """The statistics of the latents: those that came with the VAE, else those of the cache."""
-    beside = Path(options.vae_ckpt)
-    beside = beside.with_name(f"{beside.stem}-latents-stats.safetensors")
-    own = Path(options.data_dir) / f"{options.vae_latents_name}_stats.safetensors"
-    return beside if options.vae_ckpt and beside.is_file() else own
+    vae = Path(options.vae_ckpt)
+    beside = vae.with_name(f"{vae.stem}-latents-stats.safetensors") if options.vae_ckpt else None
+    if beside is not None and beside.is_file():
+        return beside
+    return stats_file(Path(options.data_dir), options.vae_latents_name)

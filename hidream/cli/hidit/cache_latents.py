@@ -27,7 +27,9 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="has images.h5")
     parser.add_argument("--output-dir", metavar="DIR", help="default: the data folder")
-    parser.add_argument("--vae-arch", default="f16d32", metavar="NAME", help="f16d32 or f8d4")
+    parser.add_argument(
+        "--vae-arch", metavar="NAME", help="f16d32 or f8d4; default: the file's own"
+    )
     parser.add_argument(
         "--vae-ckpt-path",
         required=True,
@@ -75,7 +77,7 @@ def run(argv: list[str]) -> int:
                 rank=world.rank,
                 world=world.size,
                 barrier=world.barrier,
-                made_by=f"{arguments.vae_arch} {digest(weights)} {dtype}",
+                made_by=f"{digest(weights)} {dtype}",
                 overwrite=arguments.overwrite,
                 on_progress=progress.step if world.main else None,
             )

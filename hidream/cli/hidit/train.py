@@ -107,7 +107,9 @@ def _parser() -> Parser:
     group.add_argument("--data-dir", required=True, metavar="DIR", help="of images.h5")
     group.add_argument("--vae-latents-name", required=True, metavar="NAME", help="of NAME.h5")
     group.add_argument("--latents-dtype", default="float16", choices=("float16", "float32"))
-    group.add_argument("--vae", default="f16d32", metavar="ARCH", help="f16d32 or f8d4")
+    group.add_argument(
+        "--vae", default="", metavar="ARCH", help="of --vae-ckpt, where it says none"
+    )
     group.add_argument("--vae-ckpt", default="", metavar="FILE", help="for the sampled pictures")
 
     group = parser.add_argument_group("model")
@@ -189,7 +191,7 @@ def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
 
     size_of(arguments.model)  # an unknown size is refused before anything is read
     if arguments.vae_ckpt:
-        load_vae(Path(arguments.vae_ckpt), arguments.vae, device="cpu")
+        load_vae(arguments.vae_ckpt, arguments.vae or None)
     elif arguments.sampling_steps:
         console.warn("without --vae-ckpt no pictures are drawn on the way.")
         arguments.sampling_steps = 0
