@@ -208,6 +208,10 @@ def test_crop():
     assert np.array_equal(np.asarray(middle), exact[:, 6:26])
     for height, width in ((64, 64), (97, 41), (33, 130), (7, 5), (16, 400)):
         assert center_crop(Image.fromarray(pixels(1, height, width)), 16).size == (16, 16)
+    upright = center_crop(Image.fromarray(exact.swapaxes(0, 1)), 20)
+    assert np.array_equal(np.asarray(upright), exact.swapaxes(0, 1)[6:26])
+    twice = Image.fromarray(pixels(4, 32, 32))
+    assert center_crop(twice, 16) == twice.resize((16, 16), Image.Resampling.BOX)
     tall = Image.fromarray(pixels(2, 97, 41))  # 41 is halved once, to 20; then 20 becomes 16
     steps = tall.resize((20, 48), Image.Resampling.BOX).resize((16, 38), Image.Resampling.BICUBIC)
     assert center_crop(tall, 16) == steps.crop((0, 11, 16, 27))
@@ -266,8 +270,14 @@ def test_an_end_that_is_broken_off_is_made_again(odd, tmp_path, monkeypatch, mom
     assert (out / "images.h5").exists() == (moment == "remove")
     items = out / ".images-part" / "items.h5"
     if moment == "tables":  # HDF5 was killed while it wrote them
+        places = np.load(items.with_name("places.npy"))
+        dropped = json.loads(items.with_name("closing").read_text())
+        assert len(dropped) == len(BAD)
         with open(items, "r+b") as file:
             file.write(b"\xff" * 512)
+            for index in dropped:  # whose room it may take
+                file.seek(places[index])
+                file.write(b"\xff" * 100)
     preprocess(odd, out, SIZE)
     assert content(tmp_path / "whole") == content(out)
     assert not (out / ".images-part").exists()
