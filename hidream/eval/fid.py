@@ -132,8 +132,9 @@ class Stats:
         if not self._rows:
             return sums
         mean = self._gathered.mean(0)
-        centred = self._gathered - mean
-        return _combined(sums, (self._rows, mean, centred.T @ centred))
+        centred = (self._gathered - mean).numpy()
+        scatter = torch.from_numpy(centred.T @ centred)  # numpy sees the symmetry: half the work
+        return _combined(sums, (self._rows, mean, scatter))
 
     def _check_count(self, least: int) -> None:
         if self.count < least:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from hidream.pictures import FORMATS, SUFFIXES, open_picture, read_file, read_pi
 AHEAD = 3  # batches that are read while the network works
 
 
+@runtime_checkable
 class Network(Protocol):
     """Inception, or what stands in for it."""
 

@@ -67,7 +67,7 @@ def by_svd(a, b):
 @pytest.mark.parametrize(("m", "s", "n", "t"), [(0, 1, 0, 1), (1, 2, -2, 0.5), (3, 0, 0, 4)])
 def test_one_dimension(m, s, n, t):
     found = frechet_distance(
-        np.array([m / 1]), np.array([[s**2 / 1]]), np.array([n / 1]), [[t**2.0]]
+        np.array([m / 1]), np.array([[s**2 / 1]]), np.array([n / 1]), np.array([[t**2 / 1]])
     )
     assert found == pytest.approx((m - n) ** 2 + (s - t) ** 2, abs=1e-12)
 
