@@ -20,6 +20,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes, as in safetensors itself
 # What a model folder is made of; nothing else is downloaded.
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+# Of these also what is not read as it is (hidream models convert), and statistics.
+ALSO_DOWNLOADED = {"shenhen/hi-dit": ("*.pt", "*.pth", "*.npz")}
 # Beside the weights, what a model's pictures depend on.
 _DECIDING = (
     *("config.json", "hidream.json", "tokenizer.json", "tokenizer_config.json"),
@@ -324,7 +326,8 @@ def components_folder(spec: Spec, folder: Path, refiner: str | Path = REFINER) -
 def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) -> Path:
     """The snapshot of a hub repository on this machine, downloaded first unless `local_only`.
 
-    Only weights in safetensors, configuration and tokenizer files are fetched.
+    Only weights in safetensors, configuration and tokenizer files are fetched; of Hi-DiT's also
+    pickles, which `hidream models convert` takes, and statistics.
 
     Raises:
         ModelError: not here, not reachable, gated or unknown; the message says what to do.
@@ -336,7 +339,7 @@ def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) ->
     try:
         found = huggingface_hub.snapshot_download(
             repo,
-            allow_patterns=list(DOWNLOADED),
+            allow_patterns=[*DOWNLOADED, *ALSO_DOWNLOADED.get(repo.lower(), ())],
             local_files_only=local_only,
             local_dir=folder,
         )
@@ -438,6 +441,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _pickle(file: Path) -> ModelError:
     return ModelError(
         f"{file} is a pickle, which can run any code and is never loaded.",
-        "Use the model's safetensors; hidream models convert, which turns such a file into "
-        "safetensors, comes with a later version.",
+        "Use the model's safetensors, or make them once: hidream models convert IN OUT.",
     )

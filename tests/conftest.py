@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["hidream.nn", "hidream.models", "hidream.sampling", "hidream.pipelines", "hidream.data"],
+    [f"hidream.{name}" for name in ("nn", "models", "sampling", "pipelines", "data", "eval")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from hidream.models.o1.config import O1Config
 
 HELP = """\
-usage: hidream models [list | info | verify | pull] ...
+usage: hidream models [list | info | verify | pull | convert] ...
 
   list                            the models by name, and which are on this machine
   info NAME_OR_FOLDER [--tensors] sizes, defaults, licence; every tensor's name and shape
   verify NAME_OR_FOLDER           check headers, names, shapes and values
   pull NAME_OR_HUB_ID [--to DIR]  download a model (safetensors, configuration, tokenizer)
+  convert IN.pt OUT               a PyTorch pickle of Hi-DiT's kind becomes safetensors
 
 Each takes --json."""
 
@@ -34,6 +35,7 @@ def run(argv: list[str]) -> int:
         "info": _info,
         "verify": _verify,
         "pull": _pull,
+        "convert": _convert,
     }
     if argv and argv[0] in ("-h", "--help"):
         print(HELP)
@@ -186,6 +188,12 @@ def _pull(argv: list[str]) -> int:
     else:
         print(path)
     return 0
+
+
+def _convert(argv: list[str]) -> int:
+    from hidream.cli import convert
+
+    return convert.run(argv)
 
 
 def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Config | I1Config]:
