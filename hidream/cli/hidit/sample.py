@@ -199,9 +199,8 @@ def _plan(
     num_samples, num_classes = arguments.num_fid_samples, source.config.num_classes
     if world.main:
         prepare(folder, noted)
-    world.barrier()
     there = drawn(folder)
-    world.barrier()  # nobody draws before everybody has looked
+    world.barrier()  # nobody draws before the folder is made and everybody has looked
     batches = batches_to_draw(
         num_samples, arguments.pproc_batch_size, there, world.rank, world.size
     )
@@ -282,7 +281,7 @@ def _finish(
     npz = None
     if not arguments.skip_npz:
         npz = folder.with_name(folder.name + ".npz")
-        if num_drawn or not npz_is_whole(folder, num_samples):
+        if not npz_is_whole(folder, num_samples):
             console.say(f"writing {npz}")
             write_npz(folder, num_samples)
     if arguments.json:
