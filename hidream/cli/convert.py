@@ -157,7 +157,7 @@ def _unpickled(source: Path) -> Any:
             mapped = _is_archive(source)  # only such a file can be mapped instead of read
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # a hostile file makes the reader raise whatever it likes
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
                 raise
             raise _refused(source, error) from error
 
@@ -165,15 +165,18 @@ def _unpickled(source: Path) -> Any:
 def _refused(source: Path, error: Exception) -> ModelError:
     """One line: which class or function a pickle asked for, or that it cannot be read."""
     text = " ".join(str(error).split())
-    named = re.search(r"(?:GLOBAL|[Gg]lobal|class|function) ([\w.]+\.[\w.]+)", text)
-    if "weights_only" in text.lower() or "Unsupported" in text:
-        what = f"names {named[1]}" if named else "holds more than tensors and settings"
+    named = re.search(r"safe_globals\(\[([\w.]+)\]\)|GLOBAL ([\w.]+)", text)
+    if named or "TorchScript" in text:
+        what = f"names {named[1] or named[2]}" if named else "is TorchScript"
         return ModelError(
             f"{source} {what}: such a pickle can run any code, and is not read.",
             "Have its tensors alone saved again by whoever made it.",
         )
-    reason = (text or type(error).__name__)[:120]
-    return ModelError(f"{source} is no readable PyTorch file: {reason}", "Download it again.")
+    reason = "its pickle is none of torch.save's" if "WeightsUnpickler" in text else text[:100]
+    return ModelError(
+        f"{source} is no readable PyTorch file ({reason or 'it ends too early'}).",
+        "Download it again, and whole.",
+    )
 
 
 def _chosen(source: Path, content: Any, ema: bool) -> Found:

@@ -38,8 +38,12 @@ def model():
     return random_hidit()
 
 
-def plain_sit(weights, config, x_t, sigma, labels):
-    """SiT written down once more, with nothing but functions: velocity and REPA's features."""
+def plain_hidit(weights, config, x_t, sigma, labels, pixels=None):
+    """The network written down once more, with nothing but functions.
+
+    Velocity, REPA's features and, with pixels in every row, the tokens that the pixel head is
+    given and their condition. Without pixels it is SiT.
+    """
 
     def linear(x, name):
         return F.linear(x, weights[name + ".weight"], weights[name + ".bias"])
@@ -47,41 +51,66 @@ def plain_sit(weights, config, x_t, sigma, labels):
     def normed(x, shift, scale):
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
-    heads, p, size = config.num_heads, config.patch_size, config.hidden_size
-    angles = sigma[:, None] * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(1e4)))
-    time = linear(torch.cat([angles.cos(), angles.sin()], 1), "t_embedder.mlp.0")
-    condition = linear(F.silu(time), "t_embedder.mlp.2")
-    condition = condition + weights["y_embedder.embedding_table.weight"][labels]
-    x = F.conv2d(x_t, weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"], p)
-    x = x.flatten(2).transpose(1, 2) + weights["pos_embed"]
+    def time(sigma, name):
+        half = torch.arange(128) / 128
+        angles = sigma[:, None] * torch.exp(-half * torch.log(torch.tensor(1e4)))
+        sinusoids = torch.cat([angles.cos(), angles.sin()], 1)
+        return linear(F.silu(linear(sinusoids, name + ".mlp.0")), name + ".mlp.2")
+
+    def patches(x, name, side):
+        x = F.conv2d(x, weights[name + ".weight"], weights[name + ".bias"], side)
+        return x.flatten(2).transpose(1, 2) + weights["pos_embed"]
+
+    def queries_keys_values(x, block):
+        shape = *x.shape[:2], 3, config.num_heads, config.hidden_size // config.num_heads
+        q, k, v = linear(x, block + "attn.qkv").reshape(shape).permute(2, 0, 3, 1, 4)
+        if config.qk_norm:
+            of_q, of_k = (
+                [weights[f"{block}attn.{n}.{part}"] for part in ("weight", "bias")]
+                for n in ("q_norm", "k_norm")
+            )
+            q, k = (F.layer_norm(t, t.shape[-1:], *w) for t, w in ((q, of_q), (k, of_k)))
+        return q, k, v
+
+    label = weights["y_embedder.embedding_table.weight"][labels]
+    streams = [patches(x_t, "x_embedder.proj", config.patch_size)]
+    conditions = [time(sigma, "t_embedder") + label]
+    if pixels is not None:
+        tokens = patches(pixels, "pixel_embedder.proj", config.pixel_patch)
+        streams.append(tokens + weights["pixel_type"])
+        if config.pixel_clock == "shared":
+            conditions.append(conditions[0])
+        else:
+            own = (sigma / config.gate).clamp(max=1)
+            conditions.append(time(own, "pixel_t_embedder") + label)
     features = None
     for i in range(config.num_layers):
         block = f"blocks.{i}."
-        m = linear(F.silu(condition), block + "adaLN_modulation.1").chunk(6, dim=1)
-        qkv = linear(normed(x, m[0], m[1]), block + "attn.qkv")
-        q, k, v = qkv.reshape(*x.shape[:2], 3, heads, size // heads).permute(2, 0, 3, 1, 4)
-        if config.qk_norm:
-            q, k = (
-                F.layer_norm(
-                    t,
-                    t.shape[-1:],
-                    weights[f"{block}attn.{n}.weight"],
-                    weights[f"{block}attn.{n}.bias"],
-                )
-                for t, n in ((q, "q_norm"), (k, "k_norm"))
-            )
-        scores = (q @ k.transpose(-1, -2) * (size // heads) ** -0.5).softmax(-1)
-        read = (scores @ v).transpose(1, 2).reshape(x.shape)
-        x = x + m[2][:, None] * linear(read, block + "attn.proj")
-        inner = F.gelu(linear(normed(x, m[3], m[4]), block + "mlp.fc1"), approximate="tanh")
-        x = x + m[5][:, None] * linear(inner, block + "mlp.fc2")
+        modulations = [
+            linear(F.silu(c), block + "adaLN_modulation.1").chunk(6, dim=1) for c in conditions
+        ]
+        projected = [
+            queries_keys_values(normed(x, m[0], m[1]), block)
+            for x, m in zip(streams, modulations, strict=True)
+        ]
+        for kind, (x, m) in enumerate(zip(streams, modulations, strict=True)):
+            seen = len(streams) if config.attention == "full" else kind + 1
+            q = projected[kind][0]
+            k, v = (torch.cat([p[j] for p in projected[:seen]], dim=2) for j in (1, 2))
+            read = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+            read = linear(read.transpose(1, 2).flatten(2), block + "attn.proj")
+            x = x + m[2][:, None] * read
+            inner = F.gelu(linear(normed(x, m[3], m[4]), block + "mlp.fc1"), approximate="tanh")
+            streams[kind] = x + m[5][:, None] * linear(inner, block + "mlp.fc2")
         if i + 1 == config.encoder_depth:
-            inner = F.silu(linear(x, "projectors.0.0"))
+            inner = F.silu(linear(streams[0], "projectors.0.0"))
             features = linear(F.silu(linear(inner, "projectors.0.2")), "projectors.0.4")
-    shift, scale = linear(F.silu(condition), "final_layer.adaLN_modulation.1").chunk(2, dim=1)
-    x = linear(normed(x, shift, scale), "final_layer.linear")
+    modulation = linear(F.silu(conditions[0]), "final_layer.adaLN_modulation.1")
+    x = linear(normed(streams[0], *modulation.chunk(2, dim=1)), "final_layer.linear")
+    p = config.patch_size
     x = x.reshape(-1, config.grid, config.grid, p, p, config.in_channels)
-    return torch.einsum("nhwpqc->nchpwq", x).reshape(x_t.shape), features
+    velocity = torch.einsum("nhwpqc->nchpwq", x).reshape(x_t.shape)
+    return velocity, features, streams[-1], conditions[-1]
 
 
 # Names and sizes
@@ -163,7 +192,7 @@ def test_without_pixels_it_is_sit(change):
     model = random_hidit(config)
     x_t, sigma, labels, _ = inputs(config)
     made = model(x_t, sigma, labels, with_features=True)
-    velocity, features = plain_sit(model.state_dict(), config, x_t, sigma, labels)
+    velocity, features, *_ = plain_hidit(model.state_dict(), config, x_t, sigma, labels)
     torch.testing.assert_close(made.velocity, velocity, rtol=0, atol=1e-5)
     torch.testing.assert_close(made.features[0], features, rtol=0, atol=1e-5)
     assert made.pixels is None
@@ -208,6 +237,34 @@ def test_latent_statistics_and_their_published_asymmetry(model):
 
 
 # Pixels
+
+
+@pytest.mark.parametrize("clock", PIXEL_CLOCKS)
+@pytest.mark.parametrize("attention", ["readonly", "full"])
+def test_with_pixels_it_is_what_is_written_down_above(attention, clock):
+    config = replace(HIDIT_TINY, attention=attention, pixel_clock=clock, gate=0.2)
+    model = random_hidit(config)
+    given = inputs(config)
+    velocity, features, tokens, condition = plain_hidit(model.state_dict(), config, *given)
+    made = model(*given, with_features=True)
+    torch.testing.assert_close(made.velocity, velocity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(made.features[0], features, rtol=0, atol=1e-5)
+    head = model.pixel_head(tokens, condition)
+    torch.testing.assert_close(made.pixels, head, rtol=0, atol=1e-5)
+
+
+def test_the_head_is_convolutions_and_shuffles(model):
+    """Depth to space, written as a reshape; SiLU before every convolution but the first."""
+    tokens, condition = torch.randn(2, 16, 32), torch.randn(2, 32)
+    head = model.pixel_head
+    shift, scale = head.adaLN_modulation[1](F.silu(condition)).chunk(2, dim=1)
+    x = F.layer_norm(tokens, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    x = x.transpose(1, 2).reshape(2, 32, 4, 4)
+    for i, conv in enumerate(head.convs):
+        x = conv(F.silu(x) if i else x)
+        b, c, h, w = x.shape
+        x = x.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, 2 * h, 2 * w)
+    torch.testing.assert_close(head(tokens, condition), x)
 
 
 @pytest.mark.parametrize("clock", PIXEL_CLOCKS)

@@ -90,6 +90,7 @@ class Dinov2:
         self.grid = grid
         self.width: int = module.config.hidden_size
         self.patch_size: int = module.config.patch_size
+        self._learnt: Tensor = module.embeddings.position_embeddings.detach()
         like = next(module.parameters())
         mean, std = (torch.tensor(t, device=like.device)[:, None, None] for t in (MEAN, STD))
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -106,10 +107,9 @@ class Dinov2:
     def _set_positions(self, side: int) -> None:
         """Bring the learnt positions to side², once: as timm and so REPA do, antialiased."""
         embeddings = self.module.embeddings
-        table = embeddings.position_embeddings
-        if table.shape[1] - 1 == side**2:
+        if embeddings.position_embeddings.shape[1] - 1 == side**2:
             return
-        first, rest = table.data[:, :1], table.data[:, 1:].float()
+        first, rest = self._learnt[:, :1], self._learnt[:, 1:].float()
         grid = rearrange(rest, "1 (h w) d -> 1 d h w", h=round(rest.shape[1] ** 0.5))
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
         rest = rearrange(grid, "1 d h w -> 1 (h w) d").to(first.dtype)
@@ -139,7 +139,7 @@ class StandIn:
         generator = torch.Generator().manual_seed(seed)
         sizes = (3, width // 2, width, width)
         self._kernels = [
-            (torch.randn(after, before, 3, 3, generator=generator) / (3 * before**0.5)).to(device)
+            (torch.randn(after, before, 4, 4, generator=generator) / (4 * before**0.5)).to(device)
             for before, after in pairwise(sizes)
         ]
 

@@ -154,7 +154,7 @@ class LdmVae(nn.Module):
                 module.reset_parameters()
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """In the weights' dtype, channels last: convolutions are faster so on CPU and GPU."""
+        """In the weights' dtype; channels last, as tensor cores want it and no CPU minds."""
         return x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
 
 
