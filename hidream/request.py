@@ -81,10 +81,11 @@ class GenerateRequest:
     Of I1 and E1: `encoder_prompts` holds (encoder, text) pairs, or is a mapping, of text encoders
     (`ENCODERS`) that read something else than the prompt; `embeddings` is a file of what they said
     of it (`hidream embed`), so that they are not needed. `as_published` does as the models' own
-    pipelines do: it scales the size to the native area, shows the network whole timesteps and takes
-    the steps' noise from torch's own generator, whatever the seed. Of E1: `image_guidance_scale`
-    leads towards the source, `clip_cfg_norm` keeps the guided velocity no longer than the unguided
-    one, and `refine_strength` is the share of the steps that an I1 takes, after the others.
+    pipelines do: it scales the size to the native area, shows the network whole timesteps, keeps
+    latents in its dtype and takes the steps' noise from torch's own generator, whatever the seed.
+    Of E1: `image_guidance_scale` leads towards the source, `clip_cfg_norm` keeps the guided
+    velocity no longer than the unguided one, and `refine_strength` is the share of the steps that
+    an I1 takes, after the others.
 
     Raises:
         UsageError: a field has the wrong type, is out of range or does not go with another.

@@ -54,7 +54,8 @@ def denoise_latents(
 ) -> list[Image.Image]:
     """The pictures of `jobs`, whose `batch_key`s are equal.
 
-    Latents are fp32 from the first noise to the decoder, whatever the network's dtype. More of them
+    Latents are fp32 from the first noise to the decoder, whatever the network's dtype (with
+    `as_published` they are rounded to it between steps, as published code keeps them). More of them
     than the network takes are drawn in tiles that overlap: their velocities are blended in every
     step, so that they agree where they meet. `distilled`: by the schedule of I1-Dev and I1-Fast.
     `refiner` takes the last `refine_strength` of the steps, with the jobs' targets for prompts and
@@ -62,6 +63,7 @@ def denoise_latents(
     """
     request, seeds = jobs[0].request, [job.seed for job in jobs]
     height, width = ((side or 0) // codec.factor for side in (request.height, request.width))
+    dtype = model.x_embedder.proj.weight.dtype
     device, shape = model.x_embedder.proj.weight.device, (codec.channels, height, width)
     schedule = sampling.i1_distilled_sigmas if distilled else sampling.i1_sigmas
     sigmas = sigmas_of(request, schedule)
@@ -123,7 +125,8 @@ def denoise_latents(
             on_step(step + 1, len(sigmas) - 1, lambda: decoded(x0))
 
     sampler = sampler_of(request)
-    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report)
+    store = (lambda x_t: x_t.to(dtype)) if request.as_published else None
+    x0 = sampler(denoise, x_t, sigmas, noise=step_noise, on_step=report, store=store)
     if cancel is not None:
         cancel.check()
     return decoded(x0)

@@ -11,6 +11,8 @@ the state at the last one:
   arithmetic is fp32 (fp64 if `x_t` is).
 - `sigmas` is a schedule: n + 1 falling values for n steps.
 - `noise(step)` gives fresh standard normal noise for step 0, 1, ...; only `flash` asks for it.
+- `store(x_t)` is what is kept of the state after each step but the last; rounding it is what
+  published code does that keeps latents in bf16.
 - `on_step(step, x_t, x0)` is called after each step with the new state and with the picture that
   the step aimed at, for progress and previews. What it raises ends the sampling: so one cancels.
 """
@@ -29,6 +31,7 @@ from hidream.sampling.flow import Denoise, add_noise, at_least_fp32, to_x0
 
 Noise = Callable[[int], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], object]
+Store = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
@@ -43,6 +46,7 @@ class Sampler(Protocol):
         *,
         noise: Noise | None = None,
         on_step: OnStep | None = None,
+        store: Store | None = None,
     ) -> Tensor: ...
 
 
@@ -53,13 +57,14 @@ def euler(
     *,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
+    store: Store | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Straight steps: `x_t + (sigma' - sigma) * v`. Order 1, one call of `denoise` a step."""
     x_t = at_least_fp32(x_t)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.cpu())):
         velocity = denoise(x_t, sigma).to(x_t.dtype)
         x0 = to_x0(x_t, velocity, sigma)
-        x_t = x_t + (sigma_next - sigma) * velocity
+        x_t = _stored(x_t + (sigma_next - sigma) * velocity, sigma_next, store)
         if on_step:
             on_step(step, x_t, x0)
     return x_t
@@ -72,6 +77,7 @@ def heun(
     *,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
+    store: Store | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Euler steps, each corrected by the velocity where it arrives. Order 2, two calls a step.
 
@@ -86,7 +92,7 @@ def heun(
         if sigma_next > 0:
             velocity_next = denoise(x_next, sigma_next).to(x_t.dtype)
             x_next = x_t + (sigma_next - sigma) * (velocity + velocity_next) / 2
-        x_t = x_next
+        x_t = _stored(x_next, sigma_next, store)
         if on_step:
             on_step(step, x_t, x0)
     return x_t
@@ -99,6 +105,7 @@ def unipc(
     *,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
+    store: Store | None = None,
 ) -> Float[Tensor, "*shape"]:
     """UniPC of order 2, B2(h), data prediction: one call a step, and what earlier steps have seen.
 
@@ -125,10 +132,15 @@ def unipc(
         start, seen = x_t, [(here, x0), *seen[:1]]
         is_last = step == num_steps - 1
         mean = x0 if is_last else _predicted_mean(seen, there)
-        x_t = _towards(start, mean, there / here)
+        x_t = _stored(_towards(start, mean, there / here), sigma_next, store)
         if on_step:
             on_step(step, x_t, x0)
     return x_t
+
+
+def _stored(x_t: Tensor, sigma: Tensor, store: Store | None) -> Tensor:
+    """What is kept of the state at `sigma`."""
+    return x_t if store is None or sigma == 0 else store(x_t).to(x_t.dtype)
 
 
 def _towards(x_t: Tensor, x0: Tensor, ratio: float) -> Tensor:
@@ -177,6 +189,7 @@ def flash(
     *,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
+    store: Store | None = None,
     noise_scale: tuple[float, float] = (1.0, 1.0),
     noise_clip_std: float = 0.0,
     last_step: bool = True,
@@ -205,7 +218,7 @@ def flash(
             x0 = x_t
         if sigma_next > 0:
             fresh = clip_noise(noise(step), noise_clip_std).to(x_t)
-            x_t = add_noise(x0, fresh, sigma_next, scales[step])
+            x_t = _stored(add_noise(x0, fresh, sigma_next, scales[step]), sigma_next, store)
         else:
             x_t = x0
         if on_step:

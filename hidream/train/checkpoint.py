@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hidream.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
@@ -29,6 +33,7 @@ class Progress:
     samples: int  # drawn before that step, over all processes
     seconds: float  # spent so far, over all sessions
     recipe: dict[str, Any]
+    scaler: dict[str, Any] = field(default_factory=dict)  # fp16's gradient scale and its counters
 
 
 def save(
@@ -46,14 +51,15 @@ def save(
     """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"step-{progress.step:08d}"
+    folder = folder_of(run_dir, progress.step)
     draft = root / f".{folder.name}.{os.getpid()}"
     draft.mkdir()
     try:
         save_file(_on_cpu(model.state_dict()), draft / FILES[0])
         save_file(_on_cpu(ema.state_dict()), draft / FILES[1])
         save_file(_on_cpu(optimizer_tensors(model, optimizers)), draft / FILES[2])
-        (draft / FILES[3]).write_text(json.dumps({"format": FORMAT, **vars(progress)}, indent=1))
+        state = {"format": FORMAT, **vars(progress), "digests": _digests(draft)}
+        (draft / FILES[3]).write_text(json.dumps(state, indent=1))
         for name in FILES:
             _sync(draft / name)
         if folder.exists():
@@ -72,15 +78,49 @@ def save(
     return folder
 
 
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies, if there is one."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """The steps of which there are checkpoints, rising."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(int(folder.name.removeprefix("step-")) for folder in found)
+
+
 def latest(run_dir: Path) -> Path:
-    """The current checkpoint's folder; ModelError where there is none."""
+    """The current checkpoint's folder; where that is damaged, the newest before it that is not.
+
+    Raises ModelError where there is none at all, or none that is whole.
+    """
     pointer = run_dir / "checkpoints" / "latest"
     try:
-        return pointer.parent / pointer.read_text().strip()
+        current = pointer.parent / pointer.read_text().strip()
     except OSError as error:
         raise ModelError(
             f"{run_dir} holds no checkpoint to resume from.", "Start the run without --resume."
         ) from error
+    older = [folder_of(run_dir, step) for step in reversed(steps_of(run_dir))]
+    for folder in (current, *(folder for folder in older if folder.name < current.name)):
+        try:
+            verify(folder)
+            return folder
+        except ModelError as error:
+            logger.warning("%s The one before it is used.", error.problem)
+    raise ModelError(f"no checkpoint in {run_dir} is whole.", "Start anew, in another folder.")
+
+
+def verify(folder: Path) -> None:
+    """ModelError unless a checkpoint's files are those that were written, by their SHA-256."""
+    progress = _state(folder)
+    try:
+        found = _digests(folder)
+    except OSError as error:
+        raise _broken(folder, f"{error.filename}: {error.strerror}") from error
+    for name, digest in progress.get("digests", {}).items():
+        if found.get(name) != digest:
+            raise _broken(folder, f"{name} is not what was written")
 
 
 def load(
@@ -88,12 +128,17 @@ def load(
     model: nn.Module,
     ema: nn.Module | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (),
+    *,
+    may_be_new: str = "",
 ) -> Progress:
-    """Fill model, moving average and optimizer in place; ModelError for anything amiss."""
+    """Fill model, moving average and optimizer in place; ModelError for anything amiss.
+
+    Tensors whose names begin with `may_be_new` keep their values where the checkpoint has none.
+    """
     progress = read_progress(folder)
-    _fill(model, folder / FILES[0])
+    _fill(model, folder / FILES[0], may_be_new)
     if ema is not None:
-        _fill(ema, folder / FILES[1])
+        _fill(ema, folder / FILES[1], may_be_new)
     if optimizers:
         restore_optimizers(model, optimizers, _read(folder / FILES[2]), folder)
     return progress
@@ -106,16 +151,12 @@ def load_ema(folder: Path, model: nn.Module) -> Progress:
 
 
 def read_progress(folder: Path) -> Progress:
-    """The checkpoint's state.json."""
+    """Where the checkpoint's run stands."""
+    state = _state(folder)
     try:
-        state = json.loads((folder / FILES[3]).read_text())
-        number = state.pop("format")
-        progress = Progress(**state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Progress(**{k: v for k, v in state.items() if k not in ("format", "digests")})
+    except TypeError as error:
         raise _broken(folder, f"state.json: {error}") from error
-    if number != FORMAT:
-        raise _broken(folder, f"format {number}, this version reads {FORMAT}")
-    return progress
 
 
 def optimizer_tensors(
@@ -152,12 +193,34 @@ def restore_optimizers(
         owners[parameter].state[parameter][key] = value.to(parameter.device)
 
 
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((folder / FILES[3]).read_text())
+        number = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(folder, f"state.json: {error}") from error
+    if number != FORMAT:
+        raise _broken(folder, f"format {number}, this version reads {FORMAT}")
+    return state
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file but state.json, which holds them."""
+    found = {}
+    for name in FILES[:3]:
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _fill(module: nn.Module, file: Path) -> None:
+def _fill(module: nn.Module, file: Path, may_be_new: str = "") -> None:
     tensors, own = _read(file), module.state_dict()
+    if may_be_new:
+        tensors = {n: t for n, t in own.items() if n.startswith(may_be_new)} | tensors
     different = sorted(tensors.keys() ^ own.keys())
     different += [n for n in tensors.keys() & own.keys() if tensors[n].shape != own[n].shape]
     if different:
@@ -175,7 +238,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _broken(folder: Path, problem: str) -> ModelError:
     return ModelError(
         f"checkpoint {folder} is broken ({problem}).",
-        "Write the name of an older step folder beside it into `latest`, or start anew.",
+        "Resume from another step, or start anew.",
     )
 
 

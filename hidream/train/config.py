@@ -15,6 +15,8 @@ from hidream.errors import InputError, UsageError
 from hidream.world.tasks import TASKS
 from hidream.world.text_to_image import PLANS
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -23,14 +25,15 @@ class Stage:
     `size` is the side of the square picture in pixels; `batch_size` counts the samples of one step
     over all processes. The rate climbs over the first `warmup` steps from where the stage before
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
-    `tasks` weights the tasks, `categories` those of text_to_image (none: the world's own mix).
+    `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image (none: the
+    world's own mix).
     """
 
     size: int
     steps: int
     batch_size: int
     learning_rate: float
-    tasks: dict[str, float]
+    tasks: dict[str, float] = field(default_factory=dict)
     categories: dict[str, float] = field(default_factory=dict)
     warmup: int = 0
     decay: int = 0
@@ -114,11 +117,47 @@ class Autoencoder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HiDiTOptions:
+    """Of a Hi-DiT: the files that it learns from, and which of its two stages this is.
+
+    `data_dir` holds images.h5 and the latents NAME.h5 that the VAE `vae_ckpt` made of them (`vae`:
+    its kind, if the file does not tell). `ldm_only` leaves the pixel branch as it is. `gate`,
+    `attention` and `pixel_clock`: see `hidream.models.hidit.config`. `weighting` "uniform" or
+    "lognormal" is how noise levels are drawn. `proj_coeff` weights the alignment of block
+    `encoder_depth` with the features of `enc_type` (0: none is loaded); `pixel_weight` the velocity
+    error of pixels, which divides by `pixel_delta` at least. `latents_dtype` is that of the packed
+    copy.
+    """
+
+    data_dir: str = ""
+    vae_latents_name: str = ""
+    latents_dtype: str = "float16"
+    vae: str = ""
+    vae_ckpt: str = ""
+    ldm_only: bool = False
+    gate: float = 0.3
+    attention: str = "readonly"
+    pixel_clock: str = "shared"
+    qk_norm: bool = False
+    weighting: str = "uniform"
+    cfg_prob: float = 0.1
+    enc_type: str = "dinov2-vit-b"
+    enc_path: str = ""
+    encoder_depth: int = 8
+    proj_coeff: float = 0.5
+    pixel_weight: float = 1.0
+    pixel_delta: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a run: two runs of one recipe on one machine are bit-identical.
 
-    `model` names an instance in `hidream.models.o1.config` or `hidream.models.i1.config`;
-    `tokenizer` and `init` (the weights to start from, none for a fresh start) are folders.
+    `model` names an instance in `hidream.models.o1.config` or `hidream.models.i1.config`, or
+    "hidit-" and one in `hidream.models.hidit.config`; `tokenizer` and `init` (the weights to start
+    from, none for a fresh start) are folders. `start` is a checkpoint of another run, whose step,
+    weights, averages and optimizer this run goes on from; `first_step` counts the steps that are
+    behind `init`, where they shall count.
     Intervals are in steps, 0 for never. Of I1: its text encoders read `num_tokens`; `gate_skew` is
     the score that every gate's first expert has too much at the start, to try the balance with.
     """
@@ -128,6 +167,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     tokenizer: str = ""
     init: str = ""
+    start: str = ""
+    first_step: int = 0
     out: str = ""
     seed: int = 0
     processes: int = 1
@@ -138,6 +179,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     buckets: Buckets = field(default_factory=Buckets)
     vae: Autoencoder = field(default_factory=Autoencoder)
+    hidit: HiDiTOptions = field(default_factory=HiDiTOptions)
     num_tokens: int = 16
     gate_skew: float = 0.0
     log_every: int = 20
@@ -150,6 +192,11 @@ class Recipe:
     def run_dir(self) -> Path:
         """Where the run writes: `out`, or `runs/NAME`."""
         return Path(self.out) if self.out else Path("runs") / self.name
+
+    @property
+    def family(self) -> str:
+        """What stands before the size in `model`: o1, i1, e1, vae or hidit."""
+        return self.model.partition("-")[0]
 
     @property
     def num_steps(self) -> int:
@@ -296,8 +343,8 @@ def _check(recipe: Recipe) -> None:
     require(len(recipe.stages) > 0, "the recipe has no [[stages]].")
     require(recipe.processes >= 1, f"processes = {recipe.processes} must be at least 1.")
     require(
-        recipe.precision in ("bfloat16", "float32"),
-        f'precision = "{recipe.precision}" must be "bfloat16" or "float32".',
+        recipe.precision in PRECISIONS,
+        f'precision = "{recipe.precision}" must be one of {", ".join(PRECISIONS)}.',
     )
     require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
     require(
@@ -326,7 +373,7 @@ def _check(recipe: Recipe) -> None:
                     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                     raise UsageError(f'unknown key "{where}.{table}.{key}"; did you mean "{near}"?')
                 require(weight >= 0, f"{where}.{table}.{key} = {weight} must not be negative.")
-            required = table == "tasks" or weights
+            required = (table == "tasks" and recipe.family != "hidit") or weights
             require(
                 not required or sum(weights.values()) > 0,
                 f"{where}.{table} names nothing with a weight.",

@@ -131,7 +131,7 @@ def launched(device: str = "cpu") -> Iterator[World]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if size > 1:
-        backend = "gloo" if device == "cpu" else "nccl"
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"  # counts are summed on CPUs
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
     try:
         yield World(rank=rank, size=size, device=device)

@@ -23,6 +23,8 @@ class Stream(IntEnum):
     DROPOUT = 2
     NOISE = 3
     CATEGORY = 4
+    PIXELS = 5
+    ORDER = 6
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
@@ -63,7 +65,9 @@ def noise_levels(recipe: Recipe, batch_size: int, step: int) -> Float[Tensor, " 
     return torch.from_numpy((1 - t).astype(np.float32))
 
 
-def draw_noise(seed: int, index: int, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+def draw_noise(
+    seed: int, index: int, shape: tuple[int, ...], stream: Stream = Stream.NOISE
+) -> Float[Tensor, "*shape"]:
     """Standard normal noise of the run's sample `index`."""
-    draws = generator(seed, Stream.NOISE, index).standard_normal(shape, dtype=np.float32)
+    draws = generator(seed, stream, index).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(draws)

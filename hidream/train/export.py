@@ -23,7 +23,7 @@ def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None) ->
     run_dir = Path(run_dir)
     folder = checkpoint.latest(run_dir)
     if step is not None:
-        folder = run_dir / "checkpoints" / f"step-{step:08d}"
+        folder = checkpoint.folder_of(run_dir, step)
     recipe = replace(parse_recipe(checkpoint.read_progress(folder).recipe), out=str(run_dir))
     learner = learner_of(recipe)
     model = learner.build()

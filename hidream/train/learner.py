@@ -23,6 +23,7 @@ FAMILIES = {
     "i1": "hidream.train.i1:I1Learner",
     "e1": "hidream.train.e1:E1Learner",
     "vae": "hidream.train.vae:VaeLearner",
+    "hidit": "hidream.train.hidit:HiDiTLearner",
 }
 
 
@@ -49,7 +50,12 @@ class Losses:
 
 
 class Learner(ABC):
-    """A family, for one recipe. Every process of `world` has one of its own."""
+    """A family, for one recipe. Every process of `world` has one of its own.
+
+    `may_be_new`: how names of tensors begin that a run may lack which this one starts from.
+    """
+
+    may_be_new: str = ""
 
     def __init__(self, recipe: Recipe, world: World | None = None):
         self.recipe = recipe
@@ -82,14 +88,14 @@ class Learner(ABC):
         """The recipe's, for a forward pass."""
         if self.recipe.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.recipe.device).type, dtype=torch.bfloat16)
+        dtype = getattr(torch, self.recipe.precision)
+        return torch.autocast(torch.device(self.recipe.device).type, dtype=dtype)
 
 
 def learner_of(recipe: Recipe, world: World | None = None) -> Learner:
     """The learner of the recipe's `model`, which is named FAMILY-SIZE; UsageError for none."""
-    family = recipe.model.partition("-")[0]
-    if family not in FAMILIES:
+    if recipe.family not in FAMILIES:
         raise UsageError(f'unknown model "{recipe.model}"; families are {", ".join(FAMILIES)}.')
-    module, name = FAMILIES[family].split(":")
+    module, name = FAMILIES[recipe.family].split(":")
     found: Learner = getattr(import_module(module), name)(recipe, world)
     return found

@@ -3,41 +3,91 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from hidream.errors import HidreamError
 
 OnLog = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
+
+MAX_SKIPPED = 100  # steps in a row that fp16 cannot hold: the scale has fallen to nothing by then
 
 
 class Meter:
-    """Means since the last report, per task, and the speed. Time is given from outside."""
+    """Means since the last report, per task, the speed, and the share of time spent on waiting.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    Values may be tensors on a GPU: they are read together, by `check`, so that a step need not wait
+    for the device. `bounded`: whether a value that is not finite is an error; with a gradient scale
+    (fp16) it makes a step that changes nothing, and is left out of the means, which count it as
+    `skipped`. Time is given from outside.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, bounded: bool = True):
         self.clock = clock
+        self.bounded = bounded
+        self.unread: list[tuple[int, dict[str, Any]]] = []
+        self.in_a_row = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything and start the clock again."""
+        """Forget everything that is read and start the clock again."""
         self.totals: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.samples = 0
+        self.waited = 0.0
+        self.skipped = 0
         self.started = self.clock()
 
-    def add(self, values: dict[str, float], samples: int) -> None:
-        """One step's values and the number of its samples over all processes."""
-        for name, value in values.items():
-            self.totals[name] += value
-            self.counts[name] += 1
+    def waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; the time until each is there counts as waiting."""
+        iterator = iter(items)
+        while True:
+            before = self.clock()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += self.clock() - before
+            yield item
+
+    def add(self, step: int, values: Mapping[str, Any], samples: int) -> None:
+        """One step's values, numbers or tensors, and its samples over all processes."""
+        self.unread.append((step, dict(values)))
         self.samples += samples
 
+    def check(self) -> None:
+        """Read what was added; HidreamError where it is not finite."""
+        for step, values in self.unread:
+            read = {name: float(value) for name, value in values.items()}
+            if all(math.isfinite(value) for value in read.values()):
+                self.in_a_row = 0
+                for name, value in read.items():
+                    self.totals[name] += value
+                    self.counts[name] += 1
+                continue
+            self.skipped += 1
+            self.in_a_row += 1
+            if self.bounded or self.in_a_row > MAX_SKIPPED:
+                raise HidreamError(
+                    f"the loss or its gradient is not finite at step {step} ({read}).",
+                    "Resume from the last checkpoint with a lower learning rate.",
+                )
+        self.unread.clear()
+
     def report(self) -> dict[str, float]:
-        """The mean of every value, and samples per second; then starts again."""
+        """The mean of every value, samples per second, the share of waiting; then starts again."""
+        self.check()
         seconds = max(self.clock() - self.started, 1e-9)
         means = {name: total / self.counts[name] for name, total in sorted(self.totals.items())}
         means["samples_per_second"] = self.samples / seconds
+        means["waiting"] = self.waited / seconds
+        if not self.bounded:
+            means["skipped"] = self.skipped
         self.reset()
         return means
 
@@ -85,7 +135,8 @@ def readable(record: dict[str, Any]) -> str:
     )
     return (
         f"step {record['step']}/{record['num_steps']}  {losses}  lr {record['lr']:.2e}  "
-        f"|g| {record['grad_norm']:.2f}  {record['samples_per_second']:.0f} pictures/s  "
+        f"|g| {record.get('grad_norm', math.nan):.2f}  "
+        f"{record['samples_per_second']:.0f} pictures/s  "
         f"{duration(record['seconds_left'])} left"
     )
 

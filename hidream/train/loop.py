@@ -8,14 +8,15 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from hidream.errors import HidreamError, UsageError
+from hidream.errors import UsageError
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
-from hidream.train.config import Recipe
+from hidream.train.config import Recipe, parse_recipe
 from hidream.train.distributed import World
 from hidream.train.learner import Learner, learner_of
 from hidream.train.log import Meter, OnLog, RunLog
@@ -69,11 +70,24 @@ def train(
     ema = learner.build()  # starts as an exact copy
     ema.to(device).requires_grad_(False)
     optimizers = build_optimizers(model, recipe.optimizer, world)
-    progress = Progress(step=0, samples=0, seconds=0.0, recipe=recipe.to_dict())
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+    step = recipe.first_step
+    progress = Progress(
+        step=step, samples=recipe.first_sample(step), seconds=0.0, recipe=recipe.to_dict()
+    )
     if resume:
-        folder = checkpoint.latest(recipe.run_dir)
-        progress = checkpoint.load(folder, model, ema, optimizers)
+        progress = checkpoint.load(checkpoint.latest(recipe.run_dir), model, ema, optimizers)
         _check_same_recipe(recipe, progress)
+    elif recipe.start:
+        new = learner.may_be_new
+        progress = checkpoint.load(Path(recipe.start), model, ema, optimizers, may_be_new=new)
+    if progress.step > recipe.num_steps:
+        raise UsageError(
+            f"the checkpoint has {progress.step} steps behind it, the recipe {recipe.num_steps}.",
+            "The recipe's steps count from the very start; give it more.",
+        )
+    if progress.scaler and scaler.is_enabled():
+        scaler.load_state_dict(progress.scaler)
     if recipe.compile:
         torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
         torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
@@ -88,7 +102,13 @@ def train(
         if world.main:
             seconds = progress.seconds + time.monotonic() - started
             samples = recipe.first_sample(step)
-            now = Progress(step=step, samples=samples, seconds=seconds, recipe=recipe.to_dict())
+            now = Progress(
+                step=step,
+                samples=samples,
+                seconds=seconds,
+                recipe=recipe.to_dict(),
+                scaler=scaler.state_dict(),
+            )
             keep = recipe.keep_checkpoints
             checkpoint.save(recipe.run_dir, now, model, ema, optimizers, keep=keep)
 
@@ -98,42 +118,41 @@ def train(
     steps = range(progress.step, recipe.num_steps)
     make = partial(learner.make_batch, rank=world.rank, world=world.size)
     batches = Prefetcher(make, steps, ahead=recipe.prefetch)
-    meter = Meter()
-    step = progress.step
+    meter = Meter(bounded=not scaler.is_enabled())
     try:
-        for step, batch in zip(steps, batches, strict=True):
+        for step, batch in zip(steps, meter.waiting(batches), strict=True):
             rate = learning_rate(recipe.stages, step)
             set_learning_rate(optimizers, rate)
             labels, stops = world.start_sum(batch.num_labels), world.start_sum(stop_requested())
             model.zero_grad(set_to_none=True)
             batch = batch.to(device)
             losses = learner.losses(model, batch, labels)
-            losses.total.backward()
+            scaler.scale(losses.total).backward()
             world.average_gradients(parameters)
-            norm = clip_gradients(parameters, recipe.optimizer.clip)
-            values = {name: float(value) for name, value in losses.parts.items()}
-            values["grad_norm"] = float(norm)
-            if not all(abs(value) < float("inf") for value in values.values()):
-                raise HidreamError(
-                    f"the loss or its gradient is not finite at step {step} ({values}).",
-                    "Resume from the last checkpoint with a lower learning rate.",
-                )
             for optimizer in optimizers:
-                optimizer.step()
+                scaler.unscale_(optimizer)
+            norm = clip_gradients(parameters, recipe.optimizer.clip)
+            number, _ = recipe.locate(step)
+            values = {**losses.parts, "grad_norm": norm, "redrawn": batch.redrawn}
+            meter.add(step, values, recipe.stages[number].batch_size)
+            if device.type == "cpu":
+                meter.check()  # before the weights change; on a GPU, where it waits, now and then
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
             if world.main:
                 update_ema(averages, weights, ema_decay(recipe.optimizer.ema_decay, step))
-            number, _ = recipe.locate(step)
-            values["redrawn"] = batch.redrawn
-            meter.add(values, recipe.stages[number].batch_size)
             done = step + 1
             stopping = stops.wait() > 0
-            if log is not None and (done % recipe.log_every == 0 or done in (1, recipe.num_steps)):
-                log.write(_record(recipe, done, number, rate, meter.report()))
+            if done % recipe.log_every == 0 or done in (1, recipe.num_steps):
+                means = meter.report()
+                if log is not None:
+                    log.write(_record(recipe, done, number, rate, means))
+            if stopping or _due(done, recipe.checkpoint_every) or done == recipe.num_steps:
+                meter.check()
+                save(done)
             if stopping:
-                save(done)
                 return False
-            if _due(done, recipe.checkpoint_every) or done == recipe.num_steps:
-                save(done)
             if _due(done, recipe.grid_every) and world.main:
                 _write_grid(learner, ema, done)
                 meter.reset()
@@ -187,8 +206,8 @@ def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, world: Worl
 
 def _check_same_recipe(recipe: Recipe, progress: Progress) -> None:
     """Continuing with another recipe is allowed, and said; sizes of steps already done are not."""
-    now = recipe.to_dict()
-    changed = [key for key in now if _plain(now[key]) != _plain(progress.recipe.get(key))]
+    now, before = recipe.to_dict(), parse_recipe(progress.recipe).to_dict()
+    changed = [key for key in now if now[key] != before[key]]
     if changed:
         logger.warning("resumed with a changed recipe: %s", ", ".join(sorted(changed)))
     if recipe.first_sample(progress.step) != progress.samples:
@@ -197,10 +216,3 @@ def _check_same_recipe(recipe: Recipe, progress: Progress) -> None:
             f"{recipe.first_sample(progress.step)} samples instead of {progress.samples}.",
             "Keep `steps` and `batch_size` of finished stages.",
         )
-
-
-def _plain(value: object) -> object:
-    """Tuples and lists alike, as JSON has only lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -85,3 +85,31 @@ def weight_of_changes(
     blurred = F.avg_pool2d(changed, 3, stride=1, padding=1, count_include_pad=False)
     weight = 1 - blurred * share.log() / math.log(2)
     return weight / weight.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def weighted_mean(
+    errors: Float[Tensor, " n"], weight: Float[Tensor, " n"], count: int | None = None
+) -> Float[Tensor, ""]:
+    """Sum of weight · error over `count` samples, of which those not given have none."""
+    return (weight * errors).sum() / (len(errors) if count is None else count)
+
+
+def pixel_loss(
+    predicted: Float[Tensor, "g 3 height width"],
+    x0: Float[Tensor, "g 3 height width"],
+    sigma: Float[Tensor, " g"],
+    delta: float,
+) -> Float[Tensor, " g"]:
+    """Each picture's mean squared error of x0 as one of velocity (`velocity_weight`), in fp32."""
+    error = (predicted.float() - x0.float()).square().mean(dim=(1, 2, 3))
+    return velocity_weight(sigma.float(), delta) * error
+
+
+def alignment_loss(
+    found: Float[Tensor, "b l z"], wanted: Float[Tensor, "b l z"]
+) -> Float[Tensor, ""]:
+    """REPA's (arXiv 2410.06940, equation 8): minus the mean cosine of two sets of patch features.
+
+    In fp32: the square of an fp16 feature overflows.
+    """
+    return -F.cosine_similarity(found.float(), wanted.float(), dim=-1).mean()

@@ -25,13 +25,16 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the transformers where the recipe asks for it.
 
-    AdamW decays matrices only: norms, biases and embedding tables are left alone.
+    AdamW decays matrices only: norms, biases and embedding tables are left alone. What needs no
+    gradient has no optimizer.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     inner: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if options.muon > 0 and parameter.ndim in (2, 4) and any(part in name for part in INNER):
             inner.append(parameter)
         elif parameter.ndim >= 2 and id(parameter) not in tables:

@@ -297,6 +297,23 @@ def test_as_published_is_diffusers_pipeline(folder, variant, size):
     assert any("is scaled to" in text for text in out.warnings) == (image.size != size)
 
 
+def test_as_published_keeps_latents_in_the_networks_dtype(folder, monkeypatch):
+    asked = []
+    velocity = latents.I1.velocity
+
+    def spy(self, x_t, sigma, prefix, on_layer=None):
+        asked.append(x_t)
+        return velocity(self, x_t, sigma, prefix, on_layer)
+
+    monkeypatch.setattr(latents.I1, "velocity", spy)
+    pipe = load(folder, device="cpu", dtype="bf16")
+    for as_published in (True, False):
+        asked.clear()
+        pipe("a red cube", as_published=as_published, **FEW)
+        rounded = [torch.equal(x_t, x_t.bfloat16().float()) for x_t in asked[1:]]
+        assert rounded == [as_published] * len(rounded)
+
+
 # -- E1 --------------------------------------------------------------------------------------------
 
 

@@ -411,3 +411,28 @@ def test_flow_conversions_agree(sigma):
 def test_velocity_is_bounded_near_data(sigma):
     velocity = to_velocity(torch.ones(2, 3), torch.zeros(2, 3), sigma, min_sigma=0.001)
     torch.testing.assert_close(velocity, torch.full((2, 3), 1000.0))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_stored_between_steps_is_what_the_next_step_starts_from(name):
+    """As published code keeps latents in bf16: every state but the last is one that bf16 holds."""
+    states, asked = [], []
+
+    def denoise(x_t, sigma):
+        asked.append(x_t)
+        return Mixture()(x_t, sigma)
+
+    out = SAMPLERS[name](
+        denoise,
+        initial_noise(SEEDS, SHAPE),
+        linear_sigmas(5),
+        noise=lambda step: step_noise(SEEDS, step, SHAPE),
+        on_step=lambda step, x_t, x0: states.append(x_t),
+        store=lambda x_t: x_t.bfloat16(),
+    )
+    assert out.dtype == torch.float32
+    for state in states[:-1]:
+        assert torch.equal(state, state.bfloat16().float())
+    assert [any(torch.equal(state, x_t) for x_t in asked) for state in states[:-2]] == [True] * 3
+    if name != "flash-official":  # whose last step is none
+        assert not torch.equal(out, out.bfloat16().float())

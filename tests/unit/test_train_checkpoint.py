@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hidream.errors import ModelError
+from hidream.errors import HidreamError, ModelError
 from hidream.models.o1.config import O1_TINY
 from hidream.models.o1.model import O1
 from hidream.train import checkpoint
@@ -89,6 +89,22 @@ def test_what_is_missing_or_damaged_is_said(tmp_path):
         checkpoint.load(folder, model)
 
 
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, caplog, name):
+    model, optimizers = trained(0)
+    for step in (1, 2):
+        folder = checkpoint.save(tmp_path, progress(step), model, model, optimizers, keep=2)
+    file = folder / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # one bit of one value
+    file.write_bytes(content)
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    assert f"{name}.safetensors is not what was written" in caplog.text
+    (checkpoint.folder_of(tmp_path, 1) / "state.json").unlink()
+    with pytest.raises(ModelError, match=r"no checkpoint in .* is whole"):
+        checkpoint.latest(tmp_path)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     from dataclasses import replace
 
@@ -114,15 +130,47 @@ def test_the_log_holds_every_step_once_after_a_resume(tmp_path):
 def test_the_meter_averages_a_value_over_the_steps_that_had_it():
     now = [0.0]
     meter = Meter(lambda: now[0])
-    meter.add({"loss_edit": 1.0, "grad_norm": 2.0}, 8)
-    meter.add({"loss_text_to_image": 3.0, "grad_norm": 4.0}, 8)
+    meter.add(0, {"loss_edit": 1.0, "grad_norm": torch.tensor(2.0)}, 8)
+    meter.add(1, {"loss_text_to_image": 3.0, "grad_norm": 4.0}, 8)
     now[0] = 4.0
     assert meter.report() == {
         "grad_norm": 3.0,
         "loss_edit": 1.0,
         "loss_text_to_image": 3.0,
         "samples_per_second": 4.0,
+        "waiting": 0.0,
     }
+
+
+def test_the_meter_tells_how_long_the_steps_waited_for_their_batches():
+    now = [0.0]
+    meter = Meter(lambda: now[0])
+
+    def slow():
+        for item in range(2):
+            now[0] += 1.0
+            yield item
+
+    for item in meter.waiting(slow()):
+        now[0] += 3.0
+        meter.add(item, {}, 1)
+    assert meter.report()["waiting"] == pytest.approx(2 / 8)
+
+
+def test_what_is_not_finite_is_an_error_but_to_a_gradient_scale_a_step_less():
+    meter = Meter(lambda: 1.0)
+    meter.add(7, {"loss": torch.tensor(float("nan"))}, 1)
+    with pytest.raises(HidreamError, match="not finite at step 7"):
+        meter.check()
+    scaled = Meter(lambda: 1.0, bounded=False)
+    scaled.add(0, {"loss": 1.0, "grad_norm": float("inf")}, 1)
+    scaled.add(1, {"loss": 3.0, "grad_norm": 2.0}, 1)
+    report = scaled.report()
+    assert (report["loss"], report["grad_norm"], report["skipped"]) == (3.0, 2.0, 1)
+    for step in range(101):
+        scaled.add(step, {"grad_norm": float("inf")}, 1)
+    with pytest.raises(HidreamError, match="not finite"):
+        scaled.check()
 
 
 def test_lines_for_people():

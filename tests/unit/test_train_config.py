@@ -53,7 +53,7 @@ def test_overrides_reach_into_tables_and_lists():
         ("stages.0.batch_size=7", "multiple of processes"),
         ("stages.0.warmup=100000", "must fit into"),
         ("buckets.edit=[8, 4]", "rising"),
-        ("precision=float16", "bfloat16"),
+        ("precision=float8", "bfloat16"),
         ("seed", "is not key=value"),
         (
             "vae.stages=[{size = 8, steps = 0, batch_size = 1, learning_rate = 1, tasks = {}}]",

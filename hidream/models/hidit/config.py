@@ -133,10 +133,22 @@ _WHOLE = (
     *("num_classes", "encoder_depth", "projector_width", "image_size"),
 )
 
-WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+# T is ours, for CPUs: the smallest that SiT knows is S.
+WIDTHS = {
+    "T": (192, 8, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+PROJECTOR_WIDTHS = {"T": 256}  # 2048 for the others
 SIZES = {
     f"SiT-{name}/{patch_size}": HiDiTConfig(
-        hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, patch_size=patch_size
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        patch_size=patch_size,
+        projector_width=PROJECTOR_WIDTHS.get(name, 2048),
     )
     for name, (hidden_size, num_layers, num_heads) in WIDTHS.items()
     for patch_size in (1, 2, 4, 8)
