@@ -33,6 +33,7 @@ MODES = ("sde", "ode")
 OUTPUTS = ("pixels", "vae")
 LABEL_SAMPLINGS = ("equal", "random")
 MAX_SEED = 2**31 - 1  # of a run; a picture's own seed is made from it and the picture's index
+_STREAMS: tuple[Literal["latents", "pixels"], ...] = ("latents", "pixels")
 # Streams of random numbers: the latents' are 0, 1, ..., one a step.
 _PIXEL_STREAMS = 2**32
 _LABEL_STREAM_HIGH = 2  # 2**33, of the run's seed
@@ -147,11 +148,11 @@ def labels_for(
     zeros, stream = np.zeros_like(block), np.full_like(block, _LABEL_STREAM_HIGH)
     high, low, *_ = philox4x32((block, zeros, zeros, stream), (0, seed))
     if how == "random":
-        labels = (high * np.uint64(num_classes)) >> np.uint64(32)
+        labels = ((high * np.uint64(num_classes)) >> np.uint64(32)).astype(np.int64)
     else:
         dice = (high << np.uint64(32) | low).reshape(num_rounds, num_classes)
-        labels = dice.argsort(axis=1, kind="stable").reshape(-1)
-    return labels[:num_samples].astype(np.int64)
+        labels = dice.argsort(axis=1, kind="stable").astype(np.int64).reshape(-1)
+    return labels[:num_samples]
 
 
 def picture_seed(seed: int, index: int) -> int:
@@ -225,7 +226,7 @@ def draw(
         "pixels": (3, config.image_size, config.image_size),
     }
 
-    def noise(stream: str, number: int) -> Tensor:
+    def noise(stream: Literal["latents", "pixels"], number: int) -> Tensor:
         offset = _PIXEL_STREAMS if stream == "pixels" else 0
         return batch_noise(seeds, offset + number, shapes[stream], device).to(state_dtype)
 
@@ -296,7 +297,7 @@ def walk(
                 arrived = _straight(state, mean, here, there)
             state = arrived
         elif sigma_next > 0:
-            fresh = [noise(name, step + 1) for name in ("latents", "pixels")[: len(state)]]
+            fresh = [noise(name, step + 1) for name in _STREAMS[: len(state)]]
             state = [
                 sde_step(*stream)
                 for stream in zip(state, velocities, here, there, fresh, strict=True)

@@ -14,13 +14,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 from hidream.cli.hidit import sample
 from hidream.cli.main import main
 from hidream.errors import InputError
 from hidream.models.hidit.config import HIDIT_TINY
+from hidream.models.hidit.vae import VaeConfig, new_vae
 from hidream.pipelines import hidit_folder
 from hidream.pipelines.hidit import labels_for
 from hidream.pipelines.hidit_folder import Writer, batches_to_draw, folder_name, prepare
@@ -54,10 +57,16 @@ def exp(tmp_path):
     return write_run(tmp_path / "exps" / "stage2")
 
 
+def write_vae(file, seed=0, channels=4):
+    """A real VAE, of 8x8 pixels a latent."""
+    config = VaeConfig(channels=channels, width=8, multipliers=(1,) * 4, num_blocks=1, num_groups=8)
+    save_tensors(new_vae(config, torch.Generator().manual_seed(seed)).state_dict(), file)
+    return file
+
+
 def write_run(folder, **args):
     folder.mkdir(parents=True)
-    vae = folder / "vae.safetensors"
-    save_file({"x": np.zeros(1, np.float32)}, vae)
+    vae = write_vae(folder / "vae.safetensors")
     (folder / "config.json").write_text(json.dumps(HIDIT_TINY.to_dict()))
     args = {"ldm_only": False, "vae": "f16d32", "vae_ckpt": str(vae), **args}
     (folder / "args.json").write_text(json.dumps(args))
@@ -194,7 +203,12 @@ def run_world(monkeypatch, size, argv):
             failures.append(error)
             barrier.abort()
 
+    def late(folder, look=hidit_folder.drawn):
+        time.sleep(0.1 * (here.rank == 1))  # long enough for others to draw meanwhile
+        return look(folder)
+
     monkeypatch.setattr("hidream.train.distributed.launched", launched)
+    monkeypatch.setattr(hidit_folder, "drawn", late)
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
@@ -349,12 +363,11 @@ def test_other_options_are_refused_by_name(exp, tmp_path, more, difference, load
 def test_other_weights_or_vae_are_refused(exp, tmp_path, capsys):
     draw(exp, tmp_path)
     capsys.readouterr()
-    vae = exp / "vae.safetensors"
-    save_file({"x": np.ones(1, np.float32)}, vae)
+    vae = write_vae(exp / "vae.safetensors", seed=1)
     assert re.search(
         r"drawn with vae \w{16}, not \w{16}\.", refused(arguments(exp, tmp_path), capsys)[1]
     )
-    save_file({"x": np.zeros(1, np.float32)}, vae)
+    write_vae(vae)
     weights = exp / "checkpoints" / "step-00000020" / "ema.safetensors"
     save_file({"x": np.ones(1, np.float32), "pixel_x": np.zeros(1, np.float32)}, weights)
     assert "drawn with weights" in refused(arguments(exp, tmp_path), capsys)[1]
@@ -460,6 +473,19 @@ def remove_vae(exp):
     (exp / "vae.safetensors").unlink()
 
 
+def other_vae(exp):
+    write_vae(exp / "vae.safetensors", channels=8)
+
+
+def break_vae(exp):
+    save_file({"x": np.zeros(1, np.float32)}, exp / "vae.safetensors")
+
+
+def raw_vae(exp):
+    (exp / "vae.pt").write_bytes(b"a pickle")
+    (exp / "args.json").write_text(json.dumps({"vae_ckpt": str(exp / "vae.pt")}))
+
+
 def remove_config(exp):
     (exp / "config.json").unlink()
 
@@ -470,8 +496,11 @@ def remove_config(exp):
         (break_config, "config.json is not a Hi-DiT configuration"),
         (remove_config, "config.json cannot be read: No such file"),
         (break_args, "args.json cannot be read: it is not a JSON object"),
-        (break_weights, "ema.safetensors cannot be read"),
+        (break_weights, "ema.safetensors is not a safetensors file"),
         (remove_vae, "vae.safetensors does not exist"),
+        (other_vae, "latents of 8 channels, one for 8 pixels; the network's have 4, one for 8."),
+        (break_vae, "are not those of a VAE"),
+        (raw_vae, "hidream models convert"),
     ],
 )
 def test_what_is_not_whole_is_told_before_anything_is_written(exp, tmp_path, capsys, harm, message):

@@ -512,6 +512,22 @@ def test_no_two_steps_or_streams_share_noise():
     assert ("pixels", 0) in asked
 
 
+def test_streams_start_from_noise_of_their_own():
+    seen = {}
+
+    def velocity(x_t, sigma, labels):
+        return seen.setdefault("latents", x_t)
+
+    def x0(pixels, level, latents, labels):
+        return seen.setdefault("pixels", pixels)
+
+    stub = Stub(velocity, x0, clock="rescaled")
+    draw(stub, None, [0, 1], [6, 2], 9, SamplingOptions(num_steps=4))
+    for name, number in (("latents", 0), ("pixels", 2**32)):
+        own = [picture_noise(picture_seed(9, index), number, (3, 4, 4)) for index in (6, 2)]
+        assert torch.equal(seen[name], torch.stack(own))
+
+
 def test_tensor_noise_has_the_bits_of_the_generator():
     seeds = [0, 1, picture_seed(7, 123456), 2**63 - 1]
     for stream in (0, 1, 2**32 + 5, 2**40):

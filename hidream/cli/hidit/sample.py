@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hidream.cli import console
 from hidream.cli.arguments import DEVICES, DTYPES, Parser, add_json
 from hidream.cli.hidit.source import Source, digest_of, find_source, find_vae
-from hidream.errors import InputError, UsageError
+from hidream.errors import InputError, ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
     with launched(str(device)) as world:
         there, batches = _plan(arguments, source, folder, noted, world)
         if batches:
-            network, decode = _load(source, vae, arguments.vae_arch, world.device, dtype)
+            network, decode = _load(source, vae, options, world.device, dtype)
             _draw(arguments, options, network, decode, folder, there, batches, world)
         return _finish(arguments, source, folder, there, world)
 
@@ -84,7 +84,6 @@ def _parser() -> Parser:
     group.add_argument(
         "--vae", metavar="PATH", help="folder or .safetensors (default the run's --vae-ckpt)"
     )
-    group.add_argument("--vae-arch", metavar="NAME", help="of a bare file (default the run's)")
     group.add_argument("--device", default="auto", help=", ".join(DEVICES))
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on a CPU")
 
@@ -165,23 +164,25 @@ def _options(arguments: argparse.Namespace, source: Source) -> SamplingOptions:
 
 
 def _load(
-    source: Source, vae: Path | None, vae_arch: str | None, device: str, dtype: torch.dtype
+    source: Source, vae: Path | None, options: SamplingOptions, device: str, dtype: torch.dtype
 ) -> tuple[Network, Decode | None]:
+    """The network and, if there is one, the VAE's decoder, which stays in fp32."""
     import torch
 
+    from hidream.models.hidit.model import has_trained_pixels
     from hidream.models.hidit.vae import load_vae
     from hidream.models.hidit.weights import load_hidit
 
     if device.startswith("cuda") and dtype is torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32, as published
-    decoder = None
-    if vae is not None:
-        arch = vae_arch or source.args.get("vae") or "f16d32"
-        decoder = load_vae(vae, arch, device, torch.float32)
+    decoder = load_vae(vae, device=device) if vae is not None else None
     network = load_hidit(
         source.weights, source.config, device=device, dtype=dtype, allow_no_pixels=True
     )
-
+    if options.output == "pixels" and not has_trained_pixels(network):
+        raise ModelError(
+            f"the pixel branch in {source.weights} was never trained.", "Draw with --output vae."
+        )
     return network, decoder.decode if decoder is not None else None
 
 
@@ -198,9 +199,8 @@ def _plan(
     num_samples, num_classes = arguments.num_fid_samples, source.config.num_classes
     if world.main:
         prepare(folder, noted)
-    world.barrier()
     there = drawn(folder)
-    world.barrier()  # nobody draws before everybody has looked
+    world.barrier()  # nobody draws before the folder is made and everybody has looked
     batches = batches_to_draw(
         num_samples, arguments.pproc_batch_size, there, world.rank, world.size
     )
@@ -281,7 +281,7 @@ def _finish(
     npz = None
     if not arguments.skip_npz:
         npz = folder.with_name(folder.name + ".npz")
-        if num_drawn or not npz_is_whole(folder, num_samples):
+        if not npz_is_whole(folder, num_samples):
             console.say(f"writing {npz}")
             write_npz(folder, num_samples)
     if arguments.json:

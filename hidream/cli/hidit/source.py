@@ -11,6 +11,7 @@ from typing import Any
 from hidream import digest
 from hidream.cli.recording import cache_folder
 from hidream.errors import ModelError, UsageError
+from hidream.folder import open_file
 from hidream.models.hidit.config import HiDiTConfig
 
 
@@ -63,7 +64,8 @@ def find_source(folder: Path, train_steps: int | None = None) -> Source:
         )
     args = _read_json(folder / "args.json") if (folder / "args.json").exists() else {}
     config = HiDiTConfig.from_dict(_read_json(folder / "config.json"))
-    return Source(folder.resolve().name, step, weights, config, args, _has_pixels(weights))
+    has_pixels = any(name.startswith("pixel_") for name in open_file(weights).tensors)
+    return Source(folder.resolve().name, step, weights, config, args, has_pixels)
 
 
 def _listed(steps: list[int]) -> str:
@@ -87,27 +89,30 @@ def _read_json(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _has_pixels(weights: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            return any(name.startswith("pixel_") for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{weights} cannot be read: {error}.", "Take another checkpoint."
-        ) from error
-
-
 def find_vae(source: Source, given: str | None) -> Path:
-    """The VAE's file or folder: what `--vae` gives, else the run's own. UsageError, ModelError."""
+    """The VAE's file or folder: what `--vae` gives, else the run's own. Its weights stay unread.
+
+    Raises:
+        UsageError: neither says which.
+        ModelError: it is not there, no VAE, or one of other latents.
+    """
+    from hidream.models.hidit.vae import open_vae
+
     path = given or source.args.get("vae_ckpt")
     if not path:
         raise UsageError(f"{source.name} does not say which VAE it was trained with.", "Add --vae.")
-    found = Path(path).expanduser()
+    found, config = Path(path).expanduser(), source.config
     if not found.exists():
         named = "--vae" if given else "the VAE of the run's args.json,"
         raise ModelError(f"{named} {found} does not exist.", "Say where it is: --vae PATH.")
+    _, vae = open_vae(found)
+    wanted = config.in_channels, config.image_size / config.latent_size
+    if (vae.channels, vae.factor) != wanted:
+        raise ModelError(
+            f"the VAE in {found} has latents of {vae.channels} channels, one for {vae.factor} "
+            f"pixels; the network's have {wanted[0]}, one for {wanted[1]:g}.",
+            "Name the VAE that it was trained with: --vae PATH.",
+        )
     return found
 
 
