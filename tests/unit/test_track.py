@@ -1,0 +1,42 @@
+"""Trackers: what reaches them, and what is said of one that is not installed."""
+
+import sys
+import types
+
+import pytest
+
+from hidream.errors import UsageError
+from hidream.train.track import tracker
+
+RECORD = {"step": 5, "num_steps": 9, "loss": 0.5, "samples": 40, "message": "text"}
+
+
+def test_wandb_gets_the_numbers_by_step(tmp_path, monkeypatch):
+    seen = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: seen.append((values, step)), finish=lambda: seen.append("end")
+    )
+    wandb = types.SimpleNamespace(init=lambda **told: seen.append(told) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with tracker("wandb", tmp_path, "mine", {"seed": 1}) as track:
+        track(RECORD)
+        track({"step": 5, "message": "nothing to draw"})
+    assert seen[0]["name"] == "mine"
+    assert seen[0]["config"] == {"seed": 1}
+    assert seen[1:] == [({"loss": 0.5, "samples": 40.0}, 5), "end"]
+
+
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
+def test_one_that_is_not_installed_is_named(tmp_path, monkeypatch, kind):
+    for name in ("wandb", "tensorboard", "tensorboard.compat.proto.event_pb2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match=f"pip install {kind}"), tracker(kind, tmp_path, "a", {}):
+        pass
+
+
+def test_none_is_none_and_others_are_unknown(tmp_path):
+    with tracker("none", tmp_path, "a", {}) as track:
+        track(RECORD)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="mlflow"), tracker("mlflow", tmp_path, "a", {}):
+        pass
