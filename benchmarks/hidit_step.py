@@ -162,6 +162,7 @@ def measure(root: Path, ldm_only: bool) -> dict[str, float | int | str]:
         model="hidit-bench",
         stages=(stage,),
         out=str(root / "run"),
+        precision="float32",  # bfloat16 pays on a CPU with AMX alone
         optimizer=Optimizer(betas=(0.9, 0.999), weight_decay=0.0),
         hidit=HiDiTOptions(
             data_dir=str(root / "data"),
