@@ -4,6 +4,8 @@ model.
 flow       the convention: sigma, x_t, x0, velocity
 schedules  which sigmas are visited
 samplers   euler, heun, unipc, flash
+sde        the stochastic sampler of SiT and REPA
+device_noise  the numbers of noise, made on the device
 guidance   two branches of a model as one velocity
 editing    three branches (with and without the source and the text), for E1
 noise      a counter-based generator: one picture, one seed, the same noise everywhere
