@@ -189,8 +189,7 @@ class I1Learner(Learner):
 
     def _resolved(self, prompt: str, seed: int, size: int, **more: Any) -> GenerateRequest:
         """A request at the settings with which the model is exported."""
-        family = self.recipe.model.partition("-")[0]
-        spec = registry.of_folder(self.settings(), family=family)
+        spec = registry.of_folder(self.settings(), family=self.recipe.family)
         request = GenerateRequest(prompt=prompt, seed=seed, width=size, height=size, **more)
         return resolve(request, spec.defaults, spec.patch_size)
 
@@ -210,10 +209,10 @@ class I1Learner(Learner):
         return {
             "name": self.recipe.name.replace("_", "-"),
             "variant": "full",
-            "sampler": "unipc",
-            "num_inference_steps": 20,
-            "guidance_scale": 2.5,
-            "shift": 2.0,
+            "sampler": "flash",
+            "num_inference_steps": 40,
+            "guidance_scale": 3.0,
+            "shift": 4.0,
             "width": size,
             "height": size,
         }
