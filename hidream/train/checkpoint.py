@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hidream.errors import ModelError
+from hidream.train.sharding import like, whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +45,28 @@ def save(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     keep: int,
+    write: bool = True,
 ) -> Path:
     """Write `run_dir/checkpoints/step-N`, point `latest` at it, keep the newest `keep`.
 
-    A crash at any moment leaves the checkpoint before it whole and current.
+    A crash at any moment leaves the checkpoint before it whole and current. Of a sharded model
+    every process calls this, and one of them writes (`write`).
     """
+    contents = {
+        FILES[0]: _on_cpu(model.state_dict()),
+        FILES[1]: _on_cpu(ema.state_dict()),
+        FILES[2]: _on_cpu(optimizer_tensors(model, optimizers)),
+    }
+    if not write:
+        return folder_of(run_dir, progress.step)
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     folder = folder_of(run_dir, progress.step)
     draft = root / f".{folder.name}.{os.getpid()}"
     draft.mkdir()
     try:
-        save_file(_on_cpu(model.state_dict()), draft / FILES[0])
-        save_file(_on_cpu(ema.state_dict()), draft / FILES[1])
-        save_file(_on_cpu(optimizer_tensors(model, optimizers)), draft / FILES[2])
+        for name, tensors in contents.items():
+            save_file(tensors, draft / name)
         state = {"format": FORMAT, **vars(progress), "digests": _digests(draft)}
         (draft / FILES[3]).write_text(json.dumps(state, indent=1))
         for name in FILES:
@@ -190,7 +199,7 @@ def restore_optimizers(
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
             raise _broken(folder, f"optimizer state {label} does not fit the model")
-        owners[parameter].state[parameter][key] = value.to(parameter.device)
+        owners[parameter].state[parameter][key] = like(value, parameter)
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -214,7 +223,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _fill(module: nn.Module, file: Path, may_be_new: str = "") -> None:
@@ -225,7 +234,7 @@ def _fill(module: nn.Module, file: Path, may_be_new: str = "") -> None:
     different += [n for n in tensors.keys() & own.keys() if tensors[n].shape != own[n].shape]
     if different:
         raise _broken(file.parent, f"{file.name} and the model differ in {different[:3]}")
-    module.load_state_dict(tensors)
+    module.load_state_dict({name: like(tensor, own[name]) for name, tensor in tensors.items()})
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from hidream.world.tasks import TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+PARALLELS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,9 @@ class Recipe:
     "hidit-" and one in `hidream.models.hidit.config`; `tokenizer` and `init` (the weights to start
     from, none for a fresh start) are folders. `start` is a checkpoint of another run, whose step,
     weights, averages and optimizer this run goes on from; `first_step` counts the steps that are
-    behind `init`, where they shall count.
+    behind `init`, where they shall count. `parallel` "fsdp" shards weights, averages and optimizer
+    over the processes, "ddp" has them whole in each.
+
     Intervals are in steps, 0 for never. Of I1: its text encoders read `num_tokens`; `gate_skew` is
     the score that every gate's first expert has too much at the start, to try the balance with.
     """
@@ -174,6 +177,7 @@ class Recipe:
     processes: int = 1
     device: str = "cpu"
     precision: str = "bfloat16"
+    parallel: str = "ddp"
     compile: bool = False
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -345,6 +349,14 @@ def _check(recipe: Recipe) -> None:
     require(
         recipe.precision in PRECISIONS,
         f'precision = "{recipe.precision}" must be one of {", ".join(PRECISIONS)}.',
+    )
+    require(
+        recipe.parallel in PARALLELS,
+        f'parallel = "{recipe.parallel}" must be one of {", ".join(PARALLELS)}.',
+    )
+    require(
+        recipe.parallel == "ddp" or (recipe.optimizer.muon == 0 and recipe.precision != "float16"),
+        'parallel = "fsdp" goes with optimizer.muon = 0 and any precision but float16.',
     )
     require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
     require(

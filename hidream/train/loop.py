@@ -29,6 +29,7 @@ from hidream.train.optim import (
     update_ema,
 )
 from hidream.train.prefetch import Prefetcher
+from hidream.train.sharding import local, shard, whole
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,15 @@ def train(
     model = learner.build().to(device)
     ema = learner.build()  # starts as an exact copy
     ema.to(device).requires_grad_(False)
+    sharded = recipe.parallel == "fsdp" and world.size > 1
+    if recipe.compile:
+        torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
+        torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
+        for block in learner.blocks(model):
+            block.compile(dynamic=False)
+    if sharded:
+        shard(model, learner.blocks(model), world)
+        shard(ema, learner.blocks(ema), world)
     optimizers = build_optimizers(model, recipe.optimizer, world)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
     step = recipe.first_step
@@ -88,18 +98,13 @@ def train(
         )
     if progress.scaler and scaler.is_enabled():
         scaler.load_state_dict(progress.scaler)
-    if recipe.compile:
-        torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
-        torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
-        for block in learner.blocks(model):
-            block.compile(dynamic=False)
     log = None
     if world.main:
         log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=progress.step)
         log.write({"step": progress.step, "message": _beginning(recipe, model, progress, world)})
 
     def save(step: int) -> None:
-        if world.main:
+        if world.main or sharded:
             seconds = progress.seconds + time.monotonic() - started
             samples = recipe.first_sample(step)
             now = Progress(
@@ -109,12 +114,24 @@ def train(
                 recipe=recipe.to_dict(),
                 scaler=scaler.state_dict(),
             )
-            keep = recipe.keep_checkpoints
-            checkpoint.save(recipe.run_dir, now, model, ema, optimizers, keep=keep)
+            checkpoint.save(
+                *(recipe.run_dir, now, model, ema, optimizers),
+                keep=recipe.keep_checkpoints,
+                write=world.main,
+            )
+
+    def averaged() -> nn.Module:
+        """The averaged weights, whole, of use to the first process."""
+        if not sharded:
+            return ema
+        tensors = {name: whole(tensor) for name, tensor in ema.state_dict().items()}
+        model = learner.build().to(device).requires_grad_(False)
+        model.load_state_dict(tensors)
+        return model
 
     started = time.monotonic()
     parameters = list(model.parameters())
-    weights, averages = [p.data for p in parameters], [p.data for p in ema.parameters()]
+    weights, averages = ([local(p.data) for p in m.parameters()] for m in (model, ema))
     steps = range(progress.step, recipe.num_steps)
     make = partial(learner.make_batch, rank=world.rank, world=world.size)
     batches = Prefetcher(make, steps, ahead=recipe.prefetch)
@@ -128,10 +145,12 @@ def train(
             batch = batch.to(device)
             losses = learner.losses(model, batch, labels)
             scaler.scale(losses.total).backward()
-            world.average_gradients(parameters)
+            if not sharded:
+                world.average_gradients(parameters)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = clip_gradients(parameters, recipe.optimizer.clip)
+            shares = world if sharded else None
+            norm = clip_gradients(parameters, recipe.optimizer.clip, shares)
             number, _ = recipe.locate(step)
             values = {**losses.parts, "grad_norm": norm, "redrawn": batch.redrawn}
             meter.add(step, values, recipe.stages[number].batch_size)
@@ -140,7 +159,7 @@ def train(
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
-            if world.main:
+            if world.main or sharded:
                 update_ema(averages, weights, ema_decay(recipe.optimizer.ema_decay, step))
             done = step + 1
             stopping = stops.wait() > 0
@@ -153,13 +172,18 @@ def train(
                 save(done)
             if stopping:
                 return False
-            if _due(done, recipe.grid_every) and world.main:
-                _write_grid(learner, ema, done)
+            if _due(done, recipe.grid_every) and (world.main or sharded):
+                now = averaged()
+                if world.main:
+                    _write_grid(learner, now, done)
                 meter.reset()
     finally:
         batches.close()
+    if world.main or sharded:
+        now = averaged()
+        if world.main:
+            learner.export(now, recipe.run_dir / "model")
     if log is not None:
-        learner.export(ema, recipe.run_dir / "model")
         log.write({"step": recipe.num_steps, "message": f"done: {recipe.run_dir / 'model'}"})
     world.barrier()
     return True
@@ -198,7 +222,8 @@ def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, world: Worl
     place = f"from step {progress.step}" if progress.step else "from the start"
     return (
         f"{recipe.name}: {millions:.1f} M parameters, {recipe.num_steps} steps {place}, "
-        f"{world.size} process(es) on {recipe.device}, {recipe.precision}, {malloc}, "
+        f"{world.size} process(es) ({recipe.parallel}) on {recipe.device}, {recipe.precision}, "
+        f"{malloc}, "
         f"compile {'on' if recipe.compile else 'off'}, torch {torch.__version__}, "
         f"{platform.machine()}"
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hidream.train.config import Optimizer, Stage
 from hidream.train.distributed import World
 from hidream.train.muon import Muon
+from hidream.train.sharding import local
 
 # What is inside O1's decoder and vision tower; in I1's blocks, but for gates and adaLN; in a VAE.
 INNER = (
@@ -83,10 +84,19 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) 
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale gradients down to norm `limit` if they exceed it (0: never). Returns their norm."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def clip_gradients(
+    parameters: Iterable[Tensor], limit: float, shares: World | None = None
+) -> Tensor:
+    """Scale gradients down to norm `limit` if they exceed it (0: never). Returns their norm.
+
+    `shares`: the processes that have a share of each of them, if they are sharded.
+    """
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if shares is not None:
+        square = norm.square()
+        shares.sum_in_place(square)
+        norm = square.sqrt()
     if limit > 0:
         scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
         torch._foreach_mul_(gradients, scale)

@@ -158,9 +158,10 @@ def test_fp16_keeps_its_scale_over_a_resume(data, tmp_path):
     assert not [key for key in whole if not torch.equal(whole[key], parts[key])]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", "torchrun, fsdp", "accelerate"])
 def test_two_processes_are_one(data, stage1, launcher, tmp_path):
     """A run of two processes is that of one. accelerate starts one on CPUs, as torchrun on GPUs."""
+    launcher, _, parallel = launcher.partition(", ")
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
         "accelerate": [
@@ -171,15 +172,22 @@ def test_two_processes_are_one(data, stage1, launcher, tmp_path):
     flags = train_flags(data, "two", 10, "--resume-step", 6, "--continue-train-exp-dir", stage1)
     flags = [*map(str, flags), "--output-dir", str(tmp_path)]
     command = [sys.executable, "-m", *start, "-m", "hidream", "hidit", "train", *flags]
+    command += ["--parallel", parallel or "ddp"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, env=environment, cwd=ROOT, capture_output=True, timeout=120)
     assert hidit("train", *flags, "--exp-name", "one") == 0
     said = json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])["message"]
-    assert f"{2 if launcher == 'torchrun' else 1} process(es)" in said
+    assert f"{2 if launcher == 'torchrun' else 1} process(es) ({parallel or 'ddp'})" in said
     two, one = (records(tmp_path / run) for run in ("two", "one"))
     assert [r["step"] for r in two] == [r["step"] for r in one] == [7, 8, 9, 10]
     for a, b in zip(two, one, strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    for name in ("model", "ema", "optimizer"):  # whole, whoever wrote them
+        a, b = (checkpoint(tmp_path / run, 10, name) for run in ("two", "one"))
+        assert {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
+    own = train_flags(data, "two", 11, "--resume", "--output-dir", tmp_path)
+    assert hidit("train", *own) == 0  # by one process again
+    assert records(tmp_path / "two")[-1]["step"] == 11
 
 
 def test_a_killed_run_goes_on(data, tmp_path):

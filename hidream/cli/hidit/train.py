@@ -147,6 +147,9 @@ def _parser() -> Parser:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     group.add_argument("--mixed-precision", choices=tuple(PRECISIONS), help="default bf16 on a GPU")
+    group.add_argument(
+        "--parallel", default="ddp", choices=("ddp", "fsdp"), help="fsdp shards over processes"
+    )
     group.add_argument("--allow-tf32", action="store_true")
     group.add_argument("--compile", action="store_true", default=None, help="default on a GPU")
     group.add_argument("--no-compile", dest="compile", action="store_false")
@@ -221,6 +224,7 @@ def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
         seed=arguments.seed,
         device=device,
         precision=PRECISIONS[arguments.mixed_precision],
+        parallel=arguments.parallel,
         compile=arguments.compile,
         optimizer=Optimizer(
             betas=(arguments.adam_beta1, arguments.adam_beta2),
