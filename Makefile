@@ -3,6 +3,7 @@
 #   make demo   a picture from the shipped model, demo.png
 #   make env    the same environment with what the tests need
 #   make test   lint, types, import contract, tests
+#   make slow   the tests that take longer, some of them hours: trainings, hundreds of round trips
 #   make clean  remove what these made (.venv too)
 #
 # Variables:
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo env test lint clean
+.PHONY: demo env test slow lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,6 +34,9 @@ env: $(VENV)/.installed-dev
 
 test: env lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+slow: env
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .
