@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
 from hidream.train.config import Recipe, parse_recipe
 from hidream.train.distributed import World
-from hidream.train.learner import Learner, learner_of
+from hidream.train.learner import Learner, StepBatch, learner_of
 from hidream.train.log import Meter, OnLog, RunLog
 from hidream.train.optim import (
     build_optimizers,
@@ -64,103 +65,29 @@ def train(
         ):
             return False
         resume = False
-    device = torch.device(recipe.device)
     torch.set_flush_denormal(True)  # denormals make the first steps ten times slower
     learner = learner_of(recipe, world)
-    model = learner.build().to(device)
-    ema = learner.build()  # starts as an exact copy
-    ema.to(device).requires_grad_(False)
-    sharded = recipe.parallel == "fsdp" and world.size > 1
-    if recipe.compile:
-        torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
-        torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
-        for block in learner.blocks(model):
-            block.compile(dynamic=False)
-    if sharded:
-        shard(model, learner.blocks(model), world)
-        shard(ema, learner.blocks(ema), world)
-    optimizers = build_optimizers(model, recipe.optimizer, world)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
-    step = recipe.first_step
-    progress = Progress(
-        step=step, samples=recipe.first_sample(step), seconds=0.0, recipe=recipe.to_dict()
-    )
-    if resume:
-        progress = checkpoint.load(checkpoint.latest(recipe.run_dir), model, ema, optimizers)
-        _check_same_recipe(recipe, progress)
-    elif recipe.start:
-        new = learner.may_be_new
-        progress = checkpoint.load(Path(recipe.start), model, ema, optimizers, may_be_new=new)
-    if progress.step > recipe.num_steps:
-        raise UsageError(
-            f"the checkpoint has {progress.step} steps behind it, the recipe {recipe.num_steps}.",
-            "The recipe's steps count from the very start; give it more.",
-        )
-    if progress.scaler and scaler.is_enabled():
-        scaler.load_state_dict(progress.scaler)
+    trainee = Trainee(learner, world)
+    begun_at = trainee.begin(resume)
     log = None
     if world.main:
-        log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=progress.step)
-        log.write({"step": progress.step, "message": _beginning(recipe, model, progress, world)})
-
-    def save(step: int) -> None:
-        if world.main or sharded:
-            seconds = progress.seconds + time.monotonic() - started
-            samples = recipe.first_sample(step)
-            now = Progress(
-                step=step,
-                samples=samples,
-                seconds=seconds,
-                recipe=recipe.to_dict(),
-                scaler=scaler.state_dict(),
-            )
-            checkpoint.save(
-                *(recipe.run_dir, now, model, ema, optimizers),
-                keep=recipe.keep_checkpoints,
-                write=world.main,
-            )
-
-    def averaged() -> nn.Module:
-        """The averaged weights, whole, of use to the first process."""
-        if not sharded:
-            return ema
-        tensors = {name: whole(tensor) for name, tensor in ema.state_dict().items()}
-        model = learner.build().to(device).requires_grad_(False)
-        model.load_state_dict(tensors)
-        return model
-
-    started = time.monotonic()
-    parameters = list(model.parameters())
-    weights, averages = ([local(p.data) for p in m.parameters()] for m in (model, ema))
-    steps = range(progress.step, recipe.num_steps)
+        log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=begun_at.step)
+        message = _beginning(recipe, trainee.model, begun_at, world)
+        log.write({"step": begun_at.step, "message": message})
+    steps = range(begun_at.step, recipe.num_steps)
     make = partial(learner.make_batch, rank=world.rank, world=world.size)
     batches = Prefetcher(make, steps, ahead=recipe.prefetch)
-    meter = Meter(bounded=not scaler.is_enabled())
+    meter = Meter(bounded=not trainee.scaler.is_enabled())
     try:
         for step, batch in zip(steps, meter.waiting(batches), strict=True):
+            stops = world.start_sum(stop_requested())
             rate = learning_rate(recipe.stages, step)
-            set_learning_rate(optimizers, rate)
-            labels, stops = world.start_sum(batch.num_labels), world.start_sum(stop_requested())
-            model.zero_grad(set_to_none=True)
-            batch = batch.to(device)
-            losses = learner.losses(model, batch, labels)
-            scaler.scale(losses.total).backward()
-            if not sharded:
-                world.average_gradients(parameters)
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            shares = world if sharded else None
-            norm = clip_gradients(parameters, recipe.optimizer.clip, shares)
             number, _ = recipe.locate(step)
-            values = {**losses.parts, "grad_norm": norm, "redrawn": batch.redrawn}
+            values = trainee.backward(batch)
             meter.add(step, values, recipe.stages[number].batch_size)
-            if device.type == "cpu":
+            if trainee.device.type == "cpu":
                 meter.check()  # before the weights change; on a GPU, where it waits, now and then
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            if world.main or sharded:
-                update_ema(averages, weights, ema_decay(recipe.optimizer.ema_decay, step))
+            trainee.update(step, rate)
             done = step + 1
             stopping = stops.wait() > 0
             if done % recipe.log_every == 0 or done in (1, recipe.num_steps):
@@ -169,27 +96,128 @@ def train(
                     log.write(_record(recipe, done, number, rate, means))
             if stopping or _due(done, recipe.checkpoint_every) or done == recipe.num_steps:
                 meter.check()
-                save(done)
+                trainee.save(done)
             if stopping:
                 return False
-            if _due(done, recipe.grid_every) and (world.main or sharded):
-                now = averaged()
-                if world.main:
-                    _write_grid(learner, now, done)
+            if _due(done, recipe.grid_every):
+                trainee.with_averages(partial(_write_grid, learner, done))
                 meter.reset()
     finally:
         batches.close()
-    if world.main or sharded:
-        now = averaged()
-        if world.main:
-            learner.export(now, recipe.run_dir / "model")
+    trainee.with_averages(lambda model: learner.export(model, recipe.run_dir / "model"))
     if log is not None:
         log.write({"step": recipe.num_steps, "message": f"done: {recipe.run_dir / 'model'}"})
     world.barrier()
     return True
 
 
-def _write_grid(learner: Learner, ema: nn.Module, step: int) -> None:
+class Trainee:
+    """What a run changes: weights, their averages, optimizers and fp16's gradient scale.
+
+    Every process has one. Sharded, each holds its share of everything; else all hold the same, and
+    the first alone keeps the averages.
+    """
+
+    def __init__(self, learner: Learner, world: World):
+        recipe = learner.recipe
+        self.learner, self.recipe, self.world = learner, recipe, world
+        self.device = torch.device(recipe.device)
+        self.sharded = recipe.parallel == "fsdp" and world.size > 1
+        self.model = learner.build().to(self.device)
+        self.ema = learner.build().to(self.device).requires_grad_(False)  # starts as an exact copy
+        if recipe.compile:
+            torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
+            torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
+            for block in learner.blocks(self.model):
+                block.compile(dynamic=False)
+        if self.sharded:
+            for model in (self.model, self.ema):
+                shard(model, learner.blocks(model), world)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer, world)
+        enabled = recipe.precision == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
+        self.parameters = list(self.model.parameters())
+        self.seconds, self.started = 0.0, time.monotonic()
+
+    def begin(self, resume: bool) -> Progress:
+        """Where the run stands: at its start, or at a checkpoint of its own or of another run."""
+        recipe, step = self.recipe, self.recipe.first_step
+        state = (self.model, self.ema, self.optimizers)
+        samples = recipe.first_sample(step)
+        progress = Progress(step=step, samples=samples, seconds=0.0, recipe=recipe.to_dict())
+        if resume:
+            progress = checkpoint.load(checkpoint.latest(recipe.run_dir), *state)
+            _check_same_recipe(recipe, progress)
+        elif recipe.start:
+            new = self.learner.may_be_new
+            progress = checkpoint.load(Path(recipe.start), *state, may_be_new=new)
+        if progress.step > recipe.num_steps:
+            raise UsageError(
+                f"the checkpoint has {progress.step} steps behind it, the recipe "
+                f"{recipe.num_steps}.",
+                "The recipe's steps count from the very start; give it more.",
+            )
+        if progress.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(progress.scaler)
+        self.seconds, self.started = progress.seconds, time.monotonic()
+        return progress
+
+    def backward(self, batch: StepBatch) -> dict[str, Any]:
+        """The gradient of a batch, clipped; returns the losses and what else is logged."""
+        labels = self.world.start_sum(batch.num_labels)
+        self.model.zero_grad(set_to_none=True)
+        losses = self.learner.losses(self.model, batch.to(self.device), labels)
+        self.scaler.scale(losses.total).backward()
+        if not self.sharded:
+            self.world.average_gradients(self.parameters)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        shares = self.world if self.sharded else None
+        norm = clip_gradients(self.parameters, self.recipe.optimizer.clip, shares)
+        return {**losses.parts, "grad_norm": norm, "redrawn": batch.redrawn}
+
+    def update(self, step: int, rate: float) -> None:
+        """Weights and averages after step `step`."""
+        set_learning_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.world.main or self.sharded:
+            weights, averages = (
+                [local(p.data) for p in model.parameters()] for model in (self.model, self.ema)
+            )
+            update_ema(averages, weights, ema_decay(self.recipe.optimizer.ema_decay, step))
+
+    def save(self, step: int) -> None:
+        """A checkpoint after `step` steps."""
+        if not (self.world.main or self.sharded):
+            return
+        progress = Progress(
+            step=step,
+            samples=self.recipe.first_sample(step),
+            seconds=self.seconds + time.monotonic() - self.started,
+            recipe=self.recipe.to_dict(),
+            scaler=self.scaler.state_dict(),
+        )
+        checkpoint.save(
+            *(self.recipe.run_dir, progress, self.model, self.ema, self.optimizers),
+            keep=self.recipe.keep_checkpoints,
+            write=self.world.main,
+        )
+
+    def with_averages(self, function: Callable[[nn.Module], object]) -> None:
+        """Have the first process call `function` with the averaged weights, whole."""
+        model = self.ema
+        if self.sharded:
+            tensors = {name: whole(tensor) for name, tensor in self.ema.state_dict().items()}
+            if self.world.main:
+                model = self.learner.build().to(self.device).requires_grad_(False)
+                model.load_state_dict(tensors)
+        if self.world.main:
+            function(model)
+
+
+def _write_grid(learner: Learner, step: int, ema: nn.Module) -> None:
     folder = learner.recipe.run_dir / "grids"
     folder.mkdir(parents=True, exist_ok=True)
     learner.grid(ema, step).save(folder / f"{step:07d}.png")
