@@ -23,7 +23,8 @@ from hidream.data.packed import open_packed
 from hidream.errors import InputError, UsageError
 from hidream.models.hidit.config import HiDiTConfig, size_of
 from hidream.models.hidit.encoder import open_encoder
-from hidream.models.hidit.model import HiDiT, pixel_parameters
+from hidream.models.hidit.model import HiDiT, freeze_pixels, pixel_parameters
+from hidream.models.hidit.pixels import pixel_noise_level
 from hidream.models.hidit.vae import load_vae
 from hidream.models.hidit.weights import load_hidit, read_stats, save_hidit
 from hidream.pipelines.hidit import SamplingOptions, draw
@@ -134,8 +135,7 @@ class HiDiTLearner(Learner):
             model.init_weights(torch.Generator().manual_seed(self.recipe.seed))
         model.set_statistics(*self.stats)
         model.requires_grad_(True).train()
-        for parameter in pixel_parameters(model):
-            parameter.requires_grad_(not self.options.ldm_only)
+        freeze_pixels(model, self.options.ldm_only)
         return model
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> HiDiTBatch:
@@ -230,9 +230,7 @@ class HiDiTLearner(Learner):
         pixels, noisy, pixel_sigma = None, None, None
         if gated:
             pixels = batch.images[batch.rows].float() / 127.5 - 1
-            pixel_sigma = batch.sigma[batch.rows]
-            if self.config.pixel_clock == "rescaled":
-                pixel_sigma = (pixel_sigma / self.config.gate).clamp(max=1)
+            pixel_sigma = pixel_noise_level(batch.sigma[batch.rows], self.config)
             noisy = add_noise(pixels, batch.pixel_noise, pixel_sigma)
         with self.precision():
             found = model(
@@ -258,6 +256,8 @@ class HiDiTLearner(Learner):
             seen = weighted_mean(error, batch.weight[batch.rows], len(batch.sigma))
             total = total + options.pixel_weight * seen
             parts["loss_pixels"] = seen.detach()
+        elif not options.ldm_only:  # other processes have gradients there: so must this one
+            total = total + 0 * torch.stack([p.sum() for p in pixel_parameters(model)]).sum()
         return Losses(total, parts)
 
     def blocks(self, model: HiDiT) -> Sequence[nn.Module]:

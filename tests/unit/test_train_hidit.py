@@ -158,6 +158,18 @@ def test_the_gradient_reaches_what_a_stage_trains(recipe, clock):
         assert silent == (branch if ldm_only else set())
 
 
+def test_a_process_without_pixels_has_gradients_of_their_branch(recipe):
+    """All processes' gradients are laid end to end and summed: they must be of the same weights."""
+    learner = HiDiTLearner(recipe)
+    without = learner.make_batch(0, rank=4, world=5)
+    assert len(without.rows) == 0 < len(learner.make_batch(0).rows)
+    model = learner.build()
+    learner.losses(model, without, World().start_sum(0)).total.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    branch = [p.grad for name, p in model.named_parameters() if name.startswith("pixel_")]
+    assert not any(gradient.any() for gradient in branch)
+
+
 def test_it_learns_eight_pictures(recipe):
     stage = replace(recipe.stages[0], batch_size=8)
     recipe = options(replace(recipe, stages=(stage,)), proj_coeff=0.0, cfg_prob=0.0)
