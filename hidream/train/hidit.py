@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 
 from hidream.data.latents import stats_file
 from hidream.data.packed import open_packed
-from hidream.errors import InputError, UsageError
+from hidream.errors import InputError, ModelError, UsageError
 from hidream.models.hidit.config import HiDiTConfig, size_of
 from hidream.models.hidit.encoder import open_encoder
+from hidream.models.hidit.files import write_json
 from hidream.models.hidit.model import HiDiT, freeze_pixels, pixel_parameters
 from hidream.models.hidit.pixels import pixel_noise_level
-from hidream.models.hidit.vae import load_vae
+from hidream.models.hidit.vae import check_latents, load_vae
 from hidream.models.hidit.weights import load_hidit, read_stats, save_hidit
 from hidream.pipelines.hidit import SamplingOptions, draw
 from hidream.sampling import add_noise
@@ -104,28 +104,43 @@ class HiDiTLearner(Learner):
             )
         self.stats = read_stats(statistics_of(options))
         self.config = self._config(size)
-        if world is None or world.main:
-            recipe.run_dir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.config.to_dict(), indent=2)
-            (recipe.run_dir / "config.json").write_text(text + "\n")
+        self._check_of_one_vae()
+
+    def describe(self) -> None:
+        self.recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(self.recipe.run_dir / "config.json", self.config.to_dict())
+
+    def _check_of_one_vae(self) -> None:
+        """ModelError unless statistics and VAE are of latents such as those that were cached."""
+        num, channels = len(self.stats[0]), self.config.in_channels
+        if num != channels:
+            raise ModelError(
+                f"{statistics_of(self.options)} is of {num} channels; the latents have {channels}.",
+                "Lay those of these latents there, or cache them again.",
+            )
+        if self.options.vae_ckpt:
+            check_latents(self.options.vae_ckpt, self.config, self.options.vae or None)
 
     def _config(self, size: HiDiTConfig) -> HiDiTConfig:
         options = self.options
         assert self.data.moments_shape is not None
         _, channels, side, _ = self.data.moments_shape
-        return replace(
-            size,
-            in_channels=channels // 2,
-            latent_size=side,
-            image_size=self.data.resolution,
-            num_classes=self.data.num_classes,
-            qk_norm=options.qk_norm,
-            encoder_depth=min(options.encoder_depth, size.num_layers),
-            projector_dims=() if self.encoder is None else (self.encoder.width,),
-            gate=options.gate,
-            attention=options.attention,
-            pixel_clock=options.pixel_clock,
-        )
+        network: dict[str, Any] = {
+            "in_channels": channels // 2,
+            "latent_size": side,
+            "image_size": self.data.resolution,
+            "num_classes": self.data.num_classes,
+            "qk_norm": options.qk_norm,
+            "encoder_depth": options.encoder_depth,
+            "projector_dims": () if self.encoder is None else (self.encoder.width,),
+            "gate": options.gate,
+            "attention": options.attention,
+            "pixel_clock": options.pixel_clock,
+        }
+        try:
+            return replace(size, **network)
+        except ValueError as error:
+            raise UsageError(f"there is no such network: {error}.") from error
 
     def build(self) -> HiDiT:
         if self.recipe.init:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import platform
@@ -11,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from hidream.errors import UsageError
+from hidream.errors import InputError, UsageError
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
 from hidream.train.config import Recipe, parse_recipe
@@ -41,13 +43,16 @@ def train(
     *,
     resume: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
+    on_begin: Callable[[], object] = lambda: None,
     on_log: OnLog | None = None,
 ) -> bool:
     """Run the recipe in this process; True when it reached its end, False when asked to stop.
 
     Every process of `world` calls this. `stop_requested` is asked once a step; when one process
-    says yes, all finish the step, and the first saves a checkpoint. Raises ModelError for a
-    checkpoint that does not fit, HidreamError when the loss is no longer finite.
+    says yes, all finish the step, and the first saves a checkpoint. `on_begin` is called once all
+    is loaded and fits; until then nothing is written into the run's folder. Raises ModelError for
+    a checkpoint that does not fit, InputError where one cannot be written, HidreamError when the
+    loss is no longer finite.
 
     A run that must come before (see `Recipe.before`) is run, or resumed, first.
     """
@@ -67,8 +72,7 @@ def train(
     torch.set_flush_denormal(True)  # denormals make the first steps ten times slower
     learner = learner_of(recipe, world)
     model = learner.build().to(device)
-    ema = learner.build()  # starts as an exact copy
-    ema.to(device).requires_grad_(False)
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = build_optimizers(model, recipe.optimizer, world)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
     step = recipe.first_step
@@ -77,7 +81,6 @@ def train(
     )
     if resume:
         progress = checkpoint.load(checkpoint.latest(recipe.run_dir), model, ema, optimizers)
-        _check_same_recipe(recipe, progress)
     elif recipe.start:
         new = learner.may_be_new
         progress = checkpoint.load(Path(recipe.start), model, ema, optimizers, may_be_new=new)
@@ -86,6 +89,8 @@ def train(
             f"the checkpoint has {progress.step} steps behind it, the recipe {recipe.num_steps}.",
             "The recipe's steps count from the very start; give it more.",
         )
+    if resume:
+        _check_same_recipe(recipe, progress)
     if progress.scaler and scaler.is_enabled():
         scaler.load_state_dict(progress.scaler)
     if recipe.compile:
@@ -93,8 +98,10 @@ def train(
         torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
         for block in learner.blocks(model):
             block.compile(dynamic=False)
+    on_begin()
     log = None
     if world.main:
+        learner.describe()
         log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=progress.step)
         log.write({"step": progress.step, "message": _beginning(recipe, model, progress, world)})
 
@@ -110,7 +117,14 @@ def train(
                 scaler=scaler.state_dict(),
             )
             keep = recipe.keep_checkpoints
-            checkpoint.save(recipe.run_dir, now, model, ema, optimizers, keep=keep)
+            try:
+                checkpoint.save(recipe.run_dir, now, model, ema, optimizers, keep=keep)
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"the checkpoint of step {step} cannot be written into {recipe.run_dir}: "
+                    f"{getattr(error, 'strerror', None) or error}.",
+                    "Make room, and resume from the one before.",
+                ) from error
 
     started = time.monotonic()
     parameters = list(model.parameters())
