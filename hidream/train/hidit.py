@@ -303,7 +303,9 @@ class HiDiTLearner(Learner):
 def statistics_of(options: HiDiTOptions) -> Path:
     """The statistics of the latents: those that came with the VAE, else those of the cache."""
     vae = Path(options.vae_ckpt)
-    beside = vae.with_name(f"{vae.stem}-latents-stats.safetensors") if options.vae_ckpt else None
-    if beside is not None and beside.is_file():
-        return beside
+    if options.vae_ckpt:
+        name = vae.name if vae.is_dir() else vae.stem
+        beside = vae.with_name(f"{name}-latents-stats.safetensors")
+        if beside.is_file():
+            return beside
     return stats_file(Path(options.data_dir), options.vae_latents_name)

@@ -277,6 +277,24 @@ def test_a_vae_or_statistics_of_other_latents_are_refused_before_the_first_step(
     assert not (tmp_path / "exps").exists()
 
 
+def test_latents_of_another_vae_or_name_are_told(data, stage1, tmp_path, capsys):
+    vae = LdmVae(VAE)
+    vae.init_weights(torch.Generator().manual_seed(1))
+    save_vae(vae, tmp_path / "other")
+    for name in ("tiny.h5", "tiny_h5.json", "tiny_stats.safetensors"):
+        (data / "data" / name.replace("tiny", "same")).write_bytes(
+            (data / "data" / name).read_bytes()
+        )
+    start = ("--resume-step", 6, "--continue-train-exp-dir", stage1, "--output-dir", tmp_path)
+    assert hidit("train", *train_flags(data, "own", 6, *start)) == 0
+    assert "warning" not in capsys.readouterr().err
+    more = ("--vae-ckpt", tmp_path / "other", "--vae-latents-name", "same")
+    assert hidit("train", *train_flags(data, "other", 6, *start, *more)) == 0
+    error = capsys.readouterr().err
+    assert "was made with other files than --vae-ckpt" in error
+    assert "was trained on the latents tiny" in error
+
+
 def test_a_mistake_in_a_resume_leaves_the_run_as_it_was(data, stage1, capsys):
     before = {file.name: file.read_bytes() for file in stage1.iterdir() if file.is_file()}
     flags = train_flags(data, "stage1", 5, "--ldm-only", "--resume", "--gate", 0.5)

@@ -212,6 +212,7 @@ def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
         arch_named(arguments.vae)
     if arguments.vae_ckpt:
         open_vae(arguments.vae_ckpt, arguments.vae or None)
+        _check_same_vae(arguments)
     elif arguments.sampling_steps:
         console.warn("without --vae-ckpt no pictures are drawn on the way.")
         arguments.sampling_steps = 0
@@ -259,6 +260,22 @@ def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
     return parse_recipe(recipe.to_dict()), arguments.resume
 
 
+def _check_same_vae(arguments: Namespace) -> None:
+    """Warn where the cache notes that another VAE made the latents."""
+    from hidream.cli.hidit.cache_latents import digest
+    from hidream.data.h5 import h5_file, read_note
+
+    cache = h5_file(Path(arguments.data_dir), arguments.vae_latents_name)
+    if not cache.is_file():  # packed, or missing, which is told later
+        return
+    made_by, *_ = [*str(read_note(cache).get("made_by") or "").split(), ""]
+    if made_by and made_by != digest(Path(arguments.vae_ckpt)):
+        console.warn(
+            f"{cache} was made with other files than --vae-ckpt {arguments.vae_ckpt}: "
+            "unless they are the same VAE, what it decodes will look wrong."
+        )
+
+
 def _start(arguments: Namespace, run_dir: Path) -> dict[str, Any]:
     """The recipe's fields that say where it begins."""
     from hidream.train import checkpoint
@@ -277,6 +294,11 @@ def _start(arguments: Namespace, run_dir: Path) -> dict[str, Any]:
         return {}
     folder = checkpoint.folder_of(source, arguments.resume_step)
     if folder.is_dir():
+        latents = (checkpoint.read_progress(folder).recipe.get("hidit") or {}).get(
+            "vae_latents_name"
+        )
+        if latents not in (None, arguments.vae_latents_name):
+            console.warn(f"{folder} was trained on the latents {latents}, by their statistics.")
         return {"start": str(folder)}
     if (source / "model.safetensors").is_file():
         console.warn(f"{source} has weights and no optimizer: it starts anew.")
