@@ -62,6 +62,8 @@ def save(
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     folder = folder_of(run_dir, progress.step)
+    for left in root.glob(".step-*"):  # by a run that was killed while it wrote
+        shutil.rmtree(left)
     draft = root / f".{folder.name}.{os.getpid()}"
     draft.mkdir()
     try:
@@ -81,9 +83,9 @@ def save(
     _sync(pointer)
     pointer.rename(root / "latest")
     _sync(root)
-    for old in sorted(root.glob("step-*"))[:-keep] if keep > 0 else []:
-        if old != folder:
-            shutil.rmtree(old)
+    for step in steps_of(run_dir)[:-keep] if keep > 0 else []:
+        if step != progress.step:
+            shutil.rmtree(folder_of(run_dir, step))
     return folder
 
 
@@ -94,8 +96,8 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 def steps_of(run_dir: Path) -> list[int]:
     """The steps of which there are checkpoints, rising."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(int(folder.name.removeprefix("step-")) for folder in found)
+    found = [folder.name[5:] for folder in (run_dir / "checkpoints").glob("step-*")]
+    return sorted(int(step) for step in found if step.isdecimal())
 
 
 def latest(run_dir: Path) -> Path:
@@ -233,7 +235,10 @@ def _fill(module: nn.Module, file: Path, may_be_new: str = "") -> None:
     different = sorted(tensors.keys() ^ own.keys())
     different += [n for n in tensors.keys() & own.keys() if tensors[n].shape != own[n].shape]
     if different:
-        raise _broken(file.parent, f"{file.name} and the model differ in {different[:3]}")
+        raise ModelError(
+            f"{file} is of another model: they differ in {', '.join(different[:3])}.",
+            "Choose the model that it was trained as, or start anew.",
+        )
     module.load_state_dict({name: like(tensor, own[name]) for name, tensor in tensors.items()})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -20,11 +19,13 @@ from torch import Tensor, nn
 
 from hidream.data.latents import stats_file
 from hidream.data.packed import open_packed
-from hidream.errors import InputError, UsageError
+from hidream.errors import InputError, ModelError, UsageError
 from hidream.models.hidit.config import HiDiTConfig, size_of
 from hidream.models.hidit.encoder import open_encoder
-from hidream.models.hidit.model import HiDiT, pixel_parameters
-from hidream.models.hidit.vae import load_vae
+from hidream.models.hidit.files import write_json
+from hidream.models.hidit.model import HiDiT, freeze_pixels, pixel_parameters
+from hidream.models.hidit.pixels import pixel_noise_level
+from hidream.models.hidit.vae import check_latents, load_vae
 from hidream.models.hidit.weights import load_hidit, read_stats, save_hidit
 from hidream.pipelines.hidit import SamplingOptions, draw
 from hidream.sampling import add_noise
@@ -103,28 +104,43 @@ class HiDiTLearner(Learner):
             )
         self.stats = read_stats(statistics_of(options))
         self.config = self._config(size)
-        if world is None or world.main:
-            recipe.run_dir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.config.to_dict(), indent=2)
-            (recipe.run_dir / "config.json").write_text(text + "\n")
+        self._check_of_one_vae()
+
+    def describe(self) -> None:
+        self.recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(self.recipe.run_dir / "config.json", self.config.to_dict())
+
+    def _check_of_one_vae(self) -> None:
+        """ModelError unless statistics and VAE are of latents such as those that were cached."""
+        num, channels = len(self.stats[0]), self.config.in_channels
+        if num != channels:
+            raise ModelError(
+                f"{statistics_of(self.options)} is of {num} channels; the latents have {channels}.",
+                "Lay those of these latents there, or cache them again.",
+            )
+        if self.options.vae_ckpt:
+            check_latents(self.options.vae_ckpt, self.config, self.options.vae or None)
 
     def _config(self, size: HiDiTConfig) -> HiDiTConfig:
         options = self.options
         assert self.data.moments_shape is not None
         _, channels, side, _ = self.data.moments_shape
-        return replace(
-            size,
-            in_channels=channels // 2,
-            latent_size=side,
-            image_size=self.data.resolution,
-            num_classes=self.data.num_classes,
-            qk_norm=options.qk_norm,
-            encoder_depth=min(options.encoder_depth, size.num_layers),
-            projector_dims=() if self.encoder is None else (self.encoder.width,),
-            gate=options.gate,
-            attention=options.attention,
-            pixel_clock=options.pixel_clock,
-        )
+        network: dict[str, Any] = {
+            "in_channels": channels // 2,
+            "latent_size": side,
+            "image_size": self.data.resolution,
+            "num_classes": self.data.num_classes,
+            "qk_norm": options.qk_norm,
+            "encoder_depth": options.encoder_depth,
+            "projector_dims": () if self.encoder is None else (self.encoder.width,),
+            "gate": options.gate,
+            "attention": options.attention,
+            "pixel_clock": options.pixel_clock,
+        }
+        try:
+            return replace(size, **network)
+        except ValueError as error:
+            raise UsageError(f"there is no such network: {error}.") from error
 
     def build(self) -> HiDiT:
         if self.recipe.init:
@@ -134,8 +150,7 @@ class HiDiTLearner(Learner):
             model.init_weights(torch.Generator().manual_seed(self.recipe.seed))
         model.set_statistics(*self.stats)
         model.requires_grad_(True).train()
-        for parameter in pixel_parameters(model):
-            parameter.requires_grad_(not self.options.ldm_only)
+        freeze_pixels(model, self.options.ldm_only)
         return model
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> HiDiTBatch:
@@ -230,9 +245,7 @@ class HiDiTLearner(Learner):
         pixels, noisy, pixel_sigma = None, None, None
         if gated:
             pixels = batch.images[batch.rows].float() / 127.5 - 1
-            pixel_sigma = batch.sigma[batch.rows]
-            if self.config.pixel_clock == "rescaled":
-                pixel_sigma = (pixel_sigma / self.config.gate).clamp(max=1)
+            pixel_sigma = pixel_noise_level(batch.sigma[batch.rows], self.config)
             noisy = add_noise(pixels, batch.pixel_noise, pixel_sigma)
         with self.precision():
             found = model(
@@ -258,6 +271,8 @@ class HiDiTLearner(Learner):
             seen = weighted_mean(error, batch.weight[batch.rows], len(batch.sigma))
             total = total + options.pixel_weight * seen
             parts["loss_pixels"] = seen.detach()
+        elif not options.ldm_only:  # other processes have gradients there: so must this one
+            total = total + 0 * torch.stack([p.sum() for p in pixel_parameters(model)]).sum()
         return Losses(total, parts)
 
     def blocks(self, model: HiDiT) -> Sequence[nn.Module]:
@@ -288,7 +303,9 @@ class HiDiTLearner(Learner):
 def statistics_of(options: HiDiTOptions) -> Path:
     """The statistics of the latents: those that came with the VAE, else those of the cache."""
     vae = Path(options.vae_ckpt)
-    beside = vae.with_name(f"{vae.stem}-latents-stats.safetensors") if options.vae_ckpt else None
-    if beside is not None and beside.is_file():
-        return beside
+    if options.vae_ckpt:
+        name = vae.name if vae.is_dir() else vae.stem
+        beside = vae.with_name(f"{name}-latents-stats.safetensors")
+        if beside.is_file():
+            return beside
     return stats_file(Path(options.data_dir), options.vae_latents_name)

@@ -80,6 +80,9 @@ class Learner(ABC):
     def export(self, model: Any, out_dir: Path) -> Path:
         """Write the averaged weights as a folder in the published layout."""
 
+    def describe(self) -> None:  # noqa: B027 (most families have nothing to say)
+        """Write what the network is into the run's folder: the first process does, as it begins."""
+
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """What `compile` compiles, one by one."""
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import platform
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from hidream.errors import UsageError
+from hidream.errors import InputError, UsageError
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
 from hidream.train.config import Recipe, parse_recipe
@@ -43,13 +45,16 @@ def train(
     *,
     resume: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
+    on_begin: Callable[[], object] = lambda: None,
     on_log: OnLog | None = None,
 ) -> bool:
     """Run the recipe in this process; True when it reached its end, False when asked to stop.
 
     Every process of `world` calls this. `stop_requested` is asked once a step; when one process
-    says yes, all finish the step, and the first saves a checkpoint. Raises ModelError for a
-    checkpoint that does not fit, HidreamError when the loss is no longer finite.
+    says yes, all finish the step, and the first saves a checkpoint. `on_begin` is called once all
+    is loaded and fits; until then nothing is written into the run's folder. Raises ModelError for
+    a checkpoint that does not fit, InputError where one cannot be written, HidreamError when the
+    loss is no longer finite.
 
     A run that must come before (see `Recipe.before`) is run, or resumed, first.
     """
@@ -69,8 +74,10 @@ def train(
     learner = learner_of(recipe, world)
     trainee = Trainee(learner, world)
     begun_at = trainee.begin(resume)
+    on_begin()
     log = None
     if world.main:
+        learner.describe()
         log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=begun_at.step)
         message = _beginning(recipe, trainee.model, begun_at, world)
         log.write({"step": begun_at.step, "message": message})
@@ -124,7 +131,7 @@ class Trainee:
         self.device = torch.device(recipe.device)
         self.sharded = recipe.parallel == "fsdp" and world.size > 1
         self.model = learner.build().to(self.device)
-        self.ema = learner.build().to(self.device).requires_grad_(False)  # starts as an exact copy
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
         if recipe.compile:
             torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
             torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
@@ -147,7 +154,6 @@ class Trainee:
         progress = Progress(step=step, samples=samples, seconds=0.0, recipe=recipe.to_dict())
         if resume:
             progress = checkpoint.load(checkpoint.latest(recipe.run_dir), *state)
-            _check_same_recipe(recipe, progress)
         elif recipe.start:
             new = self.learner.may_be_new
             progress = checkpoint.load(Path(recipe.start), *state, may_be_new=new)
@@ -157,6 +163,8 @@ class Trainee:
                 f"{recipe.num_steps}.",
                 "The recipe's steps count from the very start; give it more.",
             )
+        if resume:
+            _check_same_recipe(recipe, progress)
         if progress.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(progress.scaler)
         self.seconds, self.started = progress.seconds, time.monotonic()
@@ -199,11 +207,18 @@ class Trainee:
             recipe=self.recipe.to_dict(),
             scaler=self.scaler.state_dict(),
         )
-        checkpoint.save(
-            *(self.recipe.run_dir, progress, self.model, self.ema, self.optimizers),
-            keep=self.recipe.keep_checkpoints,
-            write=self.world.main,
-        )
+        try:
+            checkpoint.save(
+                *(self.recipe.run_dir, progress, self.model, self.ema, self.optimizers),
+                keep=self.recipe.keep_checkpoints,
+                write=self.world.main,
+            )
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"the checkpoint of step {step} cannot be written into {self.recipe.run_dir}: "
+                f"{getattr(error, 'strerror', None) or error}.",
+                "Make room, and resume from the one before.",
+            ) from error
 
     def with_averages(self, function: Callable[[nn.Module], object]) -> None:
         """Have the first process call `function` with the averaged weights, whole."""

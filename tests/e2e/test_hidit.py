@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hidream.cli.main import main
+from hidream.data.latents import save_statistics
 from hidream.models.hidit.vae import LdmVae, VaeConfig, save_vae
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +251,11 @@ def test_samples_and_their_figure(data, stage2, capsys):
         (("--resume-step", 5), 4, "no checkpoint of step 5; there are: none"),
         (("--continue-train-exp-dir", "x"), 2, "--resume-step"),
         (("--report-to", "mlflow"), 2, "mlflow"),
+        (("--gate", 0), 2, "--gate 0 is out of range"),
+        (("--adam-beta1", 1), 2, "--adam-beta1 1 is out of range"),
+        (("--encoder-depth", 9), 2, "SiT-T/1 has 8 blocks"),
+        (("--vae", "f32", "--vae-ckpt", ""), 2, "f32"),
+        (("--output-dir", __file__), 3, "takes no files"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(data, tmp_path, capsys, change, code, message):
@@ -258,7 +264,51 @@ def test_mistakes_are_one_line_and_leave_nothing(data, tmp_path, capsys, change,
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not list(tmp_path.rglob("step-*"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vae_or_statistics_of_other_latents_are_refused_before_the_first_step(
+    data, tmp_path, capsys
+):
+    other = VaeConfig(channels=8, width=8, multipliers=(1, 1, 2), num_blocks=1, num_groups=4)
+    vae = LdmVae(other)
+    vae.init_weights(torch.Generator().manual_seed(0))
+    save_vae(vae, tmp_path / "other")
+    flags = train_flags(data, "new", 6, "--ldm-only", "--output-dir", tmp_path / "exps")
+    assert hidit("train", *flags, "--vae-ckpt", tmp_path / "other") == 4
+    assert "latents of 8 channels" in capsys.readouterr().err
+    (tmp_path / "vae").symlink_to(data / "vae")
+    stats = tmp_path / "vae-latents-stats.safetensors"
+    save_statistics(stats, np.zeros(8), np.ones(8), "nothing")
+    assert hidit("train", *flags, "--vae-ckpt", tmp_path / "vae") == 4
+    assert "of 8 channels; the latents have 4" in capsys.readouterr().err
+    assert not (tmp_path / "exps").exists()
+
+
+def test_latents_of_another_vae_or_name_are_told(data, stage1, tmp_path, capsys):
+    vae = LdmVae(VAE)
+    vae.init_weights(torch.Generator().manual_seed(1))
+    save_vae(vae, tmp_path / "other")
+    for name in ("tiny.h5", "tiny_h5.json", "tiny_stats.safetensors"):
+        (data / "data" / name.replace("tiny", "same")).write_bytes(
+            (data / "data" / name).read_bytes()
+        )
+    start = ("--resume-step", 6, "--continue-train-exp-dir", stage1, "--output-dir", tmp_path)
+    assert hidit("train", *train_flags(data, "own", 6, *start)) == 0
+    assert "warning" not in capsys.readouterr().err
+    more = ("--vae-ckpt", tmp_path / "other", "--vae-latents-name", "same")
+    assert hidit("train", *train_flags(data, "other", 6, *start, *more)) == 0
+    error = capsys.readouterr().err
+    assert "was made with other files than --vae-ckpt" in error
+    assert "was trained on the latents tiny" in error
+
+
+def test_a_mistake_in_a_resume_leaves_the_run_as_it_was(data, stage1, capsys):
+    before = {file.name: file.read_bytes() for file in stage1.iterdir() if file.is_file()}
+    flags = train_flags(data, "stage1", 5, "--ldm-only", "--resume", "--gate", 0.5)
+    assert hidit("train", *flags) == 2
+    assert "6 steps behind it" in capsys.readouterr().err
+    assert before == {file.name: file.read_bytes() for file in stage1.iterdir() if file.is_file()}
 
 
 def test_a_pickled_vae_names_the_command_that_converts_it(data, tmp_path, capsys):

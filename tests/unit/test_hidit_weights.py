@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hidream.data.latents import save_statistics
 from hidream.errors import InputError, ModelError
 from hidream.models.hidit import files
 from hidream.models.hidit.config import ATTENTIONS, HIDIT_TINY, PIXEL_CLOCKS, SIZES
@@ -18,7 +19,6 @@ from hidream.models.hidit.weights import (
     read_stats,
     save_hidit,
     shapes_of,
-    write_stats,
 )
 from tests.tiny_hidit_model import inputs, random_hidit
 
@@ -203,7 +203,7 @@ def test_what_tensors_tell_of_a_file(model, saved):
 
 def test_statistics_round_trip_in_repa_e_s_form(tmp_path):
     mean, std = torch.randn(32), 0.1 + torch.rand(32)
-    write_stats(tmp_path / "stats.safetensors", mean, std)
+    save_statistics(tmp_path / "stats.safetensors", mean.numpy(), std.numpy(), "latents")
     tensors = load_file(tmp_path / "stats.safetensors")
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {
         "latents_scale": (1, 32, 1, 1),

@@ -34,6 +34,13 @@ def test_one_that_is_not_installed_is_named(tmp_path, monkeypatch, kind):
         pass
 
 
+def test_a_run_that_never_begins_is_not_tracked(tmp_path, monkeypatch):
+    wandb = types.SimpleNamespace(init=lambda **told: pytest.fail("it was told"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with tracker("wandb", tmp_path, "mine", {}):
+        pass
+
+
 def test_none_is_none_and_others_are_unknown(tmp_path):
     with tracker("none", tmp_path, "a", {}) as track:
         track(RECORD)

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there at all; and the log beside them."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_only_the_newest_are_kept(tmp_path):
         checkpoint.save(tmp_path, progress(step), model, model, optimizers, keep=2)
     root = tmp_path / "checkpoints"
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+def test_what_is_no_checkpoint_is_left_alone_and_what_a_kill_left_goes(tmp_path):
+    model, optimizers = trained(0)
+    root = tmp_path / "checkpoints"
+    (root / "step-00000001.bak").mkdir(parents=True)
+    draft = root / f".step-00000002.{os.getpid()}"  # in a container, the next run has the same id
+    draft.mkdir()
+    for step in (2, 3):
+        checkpoint.save(tmp_path, progress(step), model, model, optimizers, keep=1)
+    names = sorted(p.name for p in root.iterdir())
+    assert names == ["latest", "step-00000001.bak", "step-00000003"]
+    assert checkpoint.steps_of(tmp_path) == [3]
     assert checkpoint.latest(tmp_path).name == "step-00000003"
 
 

@@ -13,7 +13,7 @@ from hidream.data.preprocess import preprocess
 from hidream.errors import UsageError
 from hidream.train.config import HiDiTOptions, Optimizer, Recipe, Stage
 from hidream.train.distributed import World
-from hidream.train.hidit import HiDiTLearner
+from hidream.train.hidit import HiDiTLearner, statistics_of
 from hidream.train.losses import alignment_loss, pixel_loss, weighted_mean
 from hidream.train.optim import build_optimizers, set_learning_rate
 
@@ -156,6 +156,32 @@ def test_the_gradient_reaches_what_a_stage_trains(recipe, clock):
         silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
         branch = {n for n, _ in model.named_parameters() if n.startswith("pixel_")}
         assert silent == (branch if ldm_only else set())
+
+
+def test_a_process_without_pixels_has_gradients_of_their_branch(recipe):
+    """All processes' gradients are laid end to end and summed: they must be of the same weights."""
+    learner = HiDiTLearner(recipe)
+    without = learner.make_batch(0, rank=4, world=5)
+    assert len(without.rows) == 0 < len(learner.make_batch(0).rows)
+    model = learner.build()
+    learner.losses(model, without, World().start_sum(0)).total.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    branch = [p.grad for name, p in model.named_parameters() if name.startswith("pixel_")]
+    assert not any(gradient.any() for gradient in branch)
+
+
+@pytest.mark.parametrize("name", ["vae-1.5", "vae-1.5.safetensors"])
+def test_statistics_beside_the_vae_come_first(recipe, tmp_path, name):
+    vae = tmp_path / name
+    chosen = replace(recipe.hidit, vae_ckpt=str(vae))
+    if vae.suffix == ".safetensors":
+        vae.touch()
+    else:
+        vae.mkdir()
+    assert statistics_of(chosen).name == "toy_stats.safetensors"
+    beside = tmp_path / "vae-1.5-latents-stats.safetensors"
+    beside.touch()
+    assert statistics_of(chosen) == beside
 
 
 def test_it_learns_eight_pictures(recipe):

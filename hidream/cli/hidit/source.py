@@ -96,23 +96,16 @@ def find_vae(source: Source, given: str | None) -> Path:
         UsageError: neither says which.
         ModelError: it is not there, no VAE, or one of other latents.
     """
-    from hidream.models.hidit.vae import open_vae
+    from hidream.models.hidit.vae import check_latents
 
     path = given or source.args.get("vae_ckpt")
     if not path:
         raise UsageError(f"{source.name} does not say which VAE it was trained with.", "Add --vae.")
-    found, config = Path(path).expanduser(), source.config
+    found = Path(path).expanduser()
     if not found.exists():
         named = "--vae" if given else "the VAE of the run's args.json,"
         raise ModelError(f"{named} {found} does not exist.", "Say where it is: --vae PATH.")
-    _, vae = open_vae(found)
-    wanted = config.in_channels, config.image_size / config.latent_size
-    if (vae.channels, vae.factor) != wanted:
-        raise ModelError(
-            f"the VAE in {found} has latents of {vae.channels} channels, one for {vae.factor} "
-            f"pixels; the network's have {wanted[0]}, one for {wanted[1]:g}.",
-            "Name the VAE that it was trained with: --vae PATH.",
-        )
+    check_latents(found, source.config)
     return found
 
 

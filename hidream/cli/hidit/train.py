@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import signal
 import sys
 from argparse import Namespace
@@ -32,6 +32,7 @@ def run(argv: list[str]) -> int:
     _check(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
 
+    from hidream.models.hidit.files import write_json
     from hidream.pipelines.devices import find_device
     from hidream.train.distributed import launched
     from hidream.train.loop import train
@@ -39,11 +40,11 @@ def run(argv: list[str]) -> int:
 
     device = find_device(arguments.device)
     stopped: list[int] = []
+    before: dict[int, Any] = {}
 
     def stop(number: int, _frame: FrameType | None) -> None:
         stopped.append(number)
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with launched(device.type) as world:
             if arguments.batch_size % world.size:
@@ -52,10 +53,14 @@ def run(argv: list[str]) -> int:
                     "and no multiple of their number."
                 )
             recipe, resume = _recipe(arguments, world.device)
-            if world.main:
-                recipe.run_dir.mkdir(parents=True, exist_ok=True)
-                _write(recipe.run_dir / "args.json", vars(arguments))
-            world.barrier()
+
+            def begin() -> None:
+                for number in (signal.SIGINT, signal.SIGTERM):  # so far, they end it at once
+                    before[number] = signal.signal(number, stop)
+                if world.main:
+                    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+                    write_json(recipe.run_dir / "args.json", vars(arguments))
+
             kind = arguments.report_to if world.main else "none"
             with tracker(kind, recipe.run_dir, recipe.name, vars(arguments)) as track:
 
@@ -70,6 +75,7 @@ def run(argv: list[str]) -> int:
                     world,
                     resume=resume,
                     stop_requested=lambda: bool(stopped),
+                    on_begin=begin,
                     on_log=say,
                 )
             if world.main and finished:
@@ -163,10 +169,10 @@ def _check(arguments: Namespace) -> None:
     limits: tuple[tuple[str, float, float], ...] = (
         *(("max_train_steps", 1, 10**9), ("checkpointing_steps", 1, 10**9)),
         *(("keep_checkpoints", 0, 10**6), ("sampling_steps", 0, 10**9), ("log_every", 1, 10**9)),
-        *(("resume_step", 0, 10**9), ("seed", 0, 2**31 - 1), ("gate", 0, 1), ("cfg_prob", 0, 1)),
+        *(("resume_step", 0, 10**9), ("seed", 0, 2**31 - 1), ("gate", 1e-6, 1), ("cfg_prob", 0, 1)),
         *(("encoder_depth", 1, 1000), ("proj_coeff", 0, 1e6), ("pixel_weight", 0, 1e6)),
         *(("batch_size", 1, 10**6), ("learning_rate", 1e-12, 10), ("warmup_steps", 0, 10**9)),
-        *(("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("adam_weight_decay", 0, 10)),
+        *(("adam_beta1", 0, 0.999999), ("adam_beta2", 0, 0.999999), ("adam_weight_decay", 0, 10)),
         *(("adam_epsilon", 1e-16, 1), ("max_grad_norm", 0, 1e9), ("ema_decay", 0, 1)),
     )
     for name, low, high in limits:
@@ -180,21 +186,36 @@ def _check(arguments: Namespace) -> None:
         raise UsageError("--continue-train-exp-dir needs --resume-step.", "Say from which step.")
     if arguments.resume and arguments.resume_step:
         raise UsageError("--resume and --resume-step exclude each other.")
+    for name in ("output_dir", "continue_train_exp_dir", "data_dir", "vae_ckpt", "enc_path"):
+        if given := getattr(arguments, name):
+            setattr(arguments, name, str(Path(given).expanduser()))
     if arguments.vae_ckpt and not Path(arguments.vae_ckpt).exists():
         raise ModelError(f"--vae-ckpt {arguments.vae_ckpt} is not there.", "Check its path.")
     if not Path(arguments.data_dir).is_dir():
         raise InputError(f"--data-dir {arguments.data_dir} is not a folder.")
+    out = Path(arguments.output_dir, arguments.exp_name)
+    there = next(place for place in (out, *out.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output-dir {arguments.output_dir}: {there} takes no files.")
 
 
 def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
     """The run as a recipe, and whether it resumes one in its own folder."""
     from hidream.models.hidit.config import size_of
-    from hidream.models.hidit.vae import load_vae
+    from hidream.models.hidit.vae import arch_named, open_vae
     from hidream.train.config import HiDiTOptions, Optimizer, Recipe, Stage, parse_recipe
 
-    size_of(arguments.model)  # an unknown size is refused before anything is read
+    # What is unknown is refused before anything is read.
+    num_layers = size_of(arguments.model).num_layers
+    if arguments.proj_coeff and arguments.encoder_depth > num_layers:
+        raise UsageError(
+            f"--encoder-depth {arguments.encoder_depth}: {arguments.model} has {num_layers} blocks."
+        )
+    if arguments.vae:
+        arch_named(arguments.vae)
     if arguments.vae_ckpt:
-        load_vae(arguments.vae_ckpt, arguments.vae or None)
+        open_vae(arguments.vae_ckpt, arguments.vae or None)
+        _check_same_vae(arguments)
     elif arguments.sampling_steps:
         console.warn("without --vae-ckpt no pictures are drawn on the way.")
         arguments.sampling_steps = 0
@@ -243,6 +264,22 @@ def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
     return parse_recipe(recipe.to_dict()), arguments.resume
 
 
+def _check_same_vae(arguments: Namespace) -> None:
+    """Warn where the cache notes that another VAE made the latents."""
+    from hidream.cli.hidit.cache_latents import digest
+    from hidream.data.h5 import h5_file, read_note
+
+    cache = h5_file(Path(arguments.data_dir), arguments.vae_latents_name)
+    if not cache.is_file():  # packed, or missing, which is told later
+        return
+    made_by, *_ = [*str(read_note(cache).get("made_by") or "").split(), ""]
+    if made_by and made_by != digest(Path(arguments.vae_ckpt)):
+        console.warn(
+            f"{cache} was made with other files than --vae-ckpt {arguments.vae_ckpt}: "
+            "unless they are the same VAE, what it decodes will look wrong."
+        )
+
+
 def _start(arguments: Namespace, run_dir: Path) -> dict[str, Any]:
     """The recipe's fields that say where it begins."""
     from hidream.train import checkpoint
@@ -261,6 +298,11 @@ def _start(arguments: Namespace, run_dir: Path) -> dict[str, Any]:
         return {}
     folder = checkpoint.folder_of(source, arguments.resume_step)
     if folder.is_dir():
+        latents = (checkpoint.read_progress(folder).recipe.get("hidit") or {}).get(
+            "vae_latents_name"
+        )
+        if latents not in (None, arguments.vae_latents_name):
+            console.warn(f"{folder} was trained on the latents {latents}, by their statistics.")
         return {"start": str(folder)}
     if (source / "model.safetensors").is_file():
         console.warn(f"{source} has weights and no optimizer: it starts anew.")
@@ -270,9 +312,3 @@ def _start(arguments: Namespace, run_dir: Path) -> dict[str, Any]:
         f"{source} holds no checkpoint of step {arguments.resume_step}; there are: {there}.",
         "Choose one of them, or name another --continue-train-exp-dir.",
     )
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    draft = file.with_name(f".{file.name}.draft")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    draft.replace(file)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hidream.errors import ModelError, UsageError
 from hidream.folder import Folder, open_file, open_folder
+from hidream.models.hidit.config import HiDiTConfig
 from hidream.models.hidit.files import write_folder
 from hidream.models.loading import load_weights, tensor_shapes
 from hidream.nn.attention import attention
@@ -336,6 +337,18 @@ def open_vae(path: str | Path, arch: str | None = None) -> tuple[Folder, VaeConf
             "Name its own architecture, or another VAE.",
         )
     return folder, config
+
+
+def check_latents(path: str | Path, network: HiDiTConfig, arch: str | None = None) -> None:
+    """ModelError where a VAE (see `open_vae`) is none, or has other latents than `network`'s."""
+    _, vae = open_vae(path, arch)
+    wanted = network.in_channels, network.image_size / network.latent_size
+    if (vae.channels, vae.factor) != wanted:
+        raise ModelError(
+            f"the VAE in {path} has latents of {vae.channels} channels, one for {vae.factor} "
+            f"pixels; the network's have {wanted[0]}, one for {wanted[1]:g}.",
+            "Name the VAE whose latents it is trained on.",
+        )
 
 
 def load_vae(

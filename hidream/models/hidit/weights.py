@@ -19,7 +19,7 @@ from torch import Tensor
 from hidream.errors import ModelError
 from hidream.folder import Folder, open_file, open_folder
 from hidream.models.hidit.config import WIDTHS, HiDiTConfig
-from hidream.models.hidit.files import write_folder, write_tensors
+from hidream.models.hidit.files import write_folder
 from hidream.models.hidit.init import PIXEL_PREFIX
 from hidream.models.hidit.model import HiDiT
 from hidream.models.loading import Reader, check_tensors, tensor_shapes
@@ -167,12 +167,6 @@ def read_stats(path: str | Path) -> tuple[Float[Tensor, " c"], Float[Tensor, " c
             f"{folder.path} holds values that no latents can have.", "Measure them again."
         )
     return bias, 1 / scale
-
-
-def write_stats(path: str | Path, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
-    """The inverse of `read_stats`, in fp32."""
-    scale, bias = (t.float().reshape(1, -1, 1, 1) for t in (1 / std.double(), mean))
-    write_tensors(Path(path).expanduser(), {SCALE: scale, BIAS: bias})
 
 
 def _heads(size: int) -> int:
