@@ -100,20 +100,26 @@ def steps_of(run_dir: Path) -> list[int]:
     return sorted(int(step) for step in found if step.isdecimal())
 
 
-def latest(run_dir: Path) -> Path:
-    """The current checkpoint's folder; where that is damaged, the newest before it that is not.
-
-    Raises ModelError where there is none at all, or none that is whole.
-    """
+def current(run_dir: Path) -> Path:
+    """The folder that `latest` names, unread; ModelError where there is none."""
     pointer = run_dir / "checkpoints" / "latest"
     try:
-        current = pointer.parent / pointer.read_text().strip()
+        return pointer.parent / pointer.read_text().strip()
     except OSError as error:
         raise ModelError(
             f"{run_dir} holds no checkpoint to resume from.", "Start the run without --resume."
         ) from error
+
+
+def latest(run_dir: Path) -> Path:
+    """The current checkpoint's folder; where that is damaged, the newest before it that is not.
+
+    Every file is read, for its digest. Raises ModelError where there is no checkpoint at all, or
+    none that is whole.
+    """
+    newest = current(run_dir)
     older = [folder_of(run_dir, step) for step in reversed(steps_of(run_dir))]
-    for folder in (current, *(folder for folder in older if folder.name < current.name)):
+    for folder in (newest, *(folder for folder in older if folder.name < newest.name)):
         try:
             verify(folder)
             return folder

@@ -286,7 +286,7 @@ def _start(arguments: Namespace, run_dir: Path) -> dict[str, Any]:
 
     begun = (run_dir / "checkpoints" / "latest").exists()
     if arguments.resume:
-        checkpoint.latest(run_dir)  # there must be one
+        checkpoint.current(run_dir)  # there must be one
         return {}
     source = Path(arguments.continue_train_exp_dir or run_dir)
     if begun and (not arguments.resume_step or source.resolve() != run_dir.resolve()):
