@@ -33,6 +33,7 @@ from hidream.train.config import HiDiTOptions, Recipe
 from hidream.train.distributed import PendingSum, World
 from hidream.train.draws import Stream, draw_noise, generator
 from hidream.train.export import put_in_place
+from hidream.train.flops import hidit_step
 from hidream.train.grids import montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import alignment_loss, pixel_loss, weighted_mean
@@ -274,6 +275,11 @@ class HiDiTLearner(Learner):
         elif not options.ldm_only:  # other processes have gradients there: so must this one
             total = total + 0 * torch.stack([p.sum() for p in pixel_parameters(model)]).sum()
         return Losses(total, parts)
+
+    def flops(self, batch: HiDiTBatch) -> int:
+        samples, gated = len(batch.sigma), len(batch.rows)
+        with_features = self.encoder is not None
+        return hidit_step(self.config, samples=samples, gated=gated, with_features=with_features)
 
     def blocks(self, model: HiDiT) -> Sequence[nn.Module]:
         return list(model.blocks)

@@ -39,6 +39,7 @@ from hidream.train.draws import (
     task_of,
 )
 from hidream.train.export import put_in_place
+from hidream.train.flops import i1_step
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import velocity_loss
@@ -176,6 +177,17 @@ class I1Learner(Learner):
             parts["loss_balance"] = prediction.balance_loss.detach()
             parts["load_max"] = prediction.expert_loads.max() * self.config.num_experts
         return Losses(total, parts)
+
+    def flops(self, batch: LatentBatch) -> int:
+        patches = batch.x0[0, 0].numel() // self.config.patch_size**2
+        return i1_step(
+            self.config,
+            samples=len(batch.x0),
+            patches=patches,
+            t5=batch.features.t5.shape[1],
+            llama=batch.features.llama.shape[2],
+            source=0 if batch.source is None else patches,
+        )
 
     def blocks(self, model: I1) -> Sequence[nn.Module]:
         return model.blocks

@@ -72,6 +72,11 @@ class Learner(ABC):
     def losses(self, model: Any, batch: Any, labels: PendingSum) -> Losses:
         """Forward and losses of one batch. `labels`: `num_labels` over all processes."""
 
+    def flops(self, batch: Any) -> int:
+        """Floating-point operations of a step on `batch`, forward and backward, as
+        `hidream.train.flops` counts them; 0 where nobody has counted them."""
+        return 0
+
     @abstractmethod
     def grid(self, model: Any, step: int) -> Image.Image:
         """The same prompts as training goes on, after `step` steps, as one picture."""

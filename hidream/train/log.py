@@ -7,6 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,15 +22,25 @@ MAX_SKIPPED = 100  # steps in a row that fp16 cannot hold: the scale has fallen 
 class Meter:
     """Means since the last report, per task, the speed, and the share of time spent on waiting.
 
+    `rate` is how many operations a second this device can do in products of matrices; with it, the
+    share of them that the steps' own come to is reported as `mfu`, the model-FLOPs utilisation.
+
     Values may be tensors on a GPU: they are read together, by `check`, so that a step need not wait
     for the device. `bounded`: whether a value that is not finite is an error; with a gradient scale
     (fp16) it makes a step that changes nothing, and is left out of the means, which count it as
     `skipped`. Time is given from outside.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, bounded: bool = True):
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        bounded: bool = True,
+        rate: float = 0.0,
+    ):
         self.clock = clock
         self.bounded = bounded
+        self.rate = rate
         self.unread: list[tuple[int, dict[str, Any]]] = []
         self.in_a_row = 0
         self.reset()
@@ -39,6 +50,7 @@ class Meter:
         self.totals: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.samples = 0
+        self.flops = 0
         self.waited = 0.0
         self.skipped = 0
         self.started = self.clock()
@@ -55,10 +67,21 @@ class Meter:
             self.waited += self.clock() - before
             yield item
 
-    def add(self, step: int, values: Mapping[str, Any], samples: int) -> None:
-        """One step's values, numbers or tensors, and its samples over all processes."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside is not counted."""
+        before = self.clock()
+        try:
+            yield
+        finally:
+            self.started += self.clock() - before
+
+    def add(self, step: int, values: Mapping[str, Any], samples: int, flops: int = 0) -> None:
+        """One step's values, numbers or tensors, its samples over all processes, and the operations
+        of this process's share (0: not known)."""
         self.unread.append((step, dict(values)))
         self.samples += samples
+        self.flops += flops
 
     def check(self) -> None:
         """Read what was added; HidreamError where it is not finite."""
@@ -80,12 +103,15 @@ class Meter:
         self.unread.clear()
 
     def report(self) -> dict[str, float]:
-        """The mean of every value, samples per second, the share of waiting; then starts again."""
+        """The mean of every value, samples per second, the shares of waiting and of the device's rate;
+        then starts again."""
         self.check()
         seconds = max(self.clock() - self.started, 1e-9)
         means = {name: total / self.counts[name] for name, total in sorted(self.totals.items())}
         means["samples_per_second"] = self.samples / seconds
         means["waiting"] = self.waited / seconds
+        if self.flops and self.rate:
+            means["mfu"] = self.flops / seconds / self.rate
         if not self.bounded:
             means["skipped"] = self.skipped
         self.reset()
@@ -127,16 +153,18 @@ def _step(line: str) -> float:
 def readable(record: dict[str, Any]) -> str:
     """One line for a person from a step's record, or the message of another one."""
     if "message" in record:
-        return str(record["message"])
+        return " ".join(str(record["message"]).splitlines())
     losses = "  ".join(
         f"{name.removeprefix('loss_')} {value:.3f}"
         for name, value in record.items()
         if name.startswith("loss_")
     )
+    precision = 0 if record["samples_per_second"] >= 10 else 2
+    utilisation = f"MFU {record['mfu']:.0%}  " if "mfu" in record else ""
     return (
         f"step {record['step']}/{record['num_steps']}  {losses}  lr {record['lr']:.2e}  "
         f"|g| {record.get('grad_norm', math.nan):.2f}  "
-        f"{record['samples_per_second']:.0f} pictures/s  "
+        f"{record['samples_per_second']:.{precision}f} pictures/s  {utilisation}"
         f"{duration(record['seconds_left'])} left"
     )
 

@@ -32,6 +32,7 @@ from hidream.train.optim import (
     update_ema,
 )
 from hidream.train.prefetch import Prefetcher
+from hidream.train.rate import matrix_rate, slow_precision
 from hidream.train.sharding import local, shard, whole
 
 logger = logging.getLogger(__name__)
@@ -78,20 +79,23 @@ def train(
     log = None
     if world.main:
         learner.describe()
+        if warning := slow_precision(recipe):
+            logger.warning(warning)
         log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=begun_at.step)
         message = _beginning(recipe, trainee.model, begun_at, world)
         log.write({"step": begun_at.step, "message": message})
     steps = range(begun_at.step, recipe.num_steps)
     make = partial(learner.make_batch, rank=world.rank, world=world.size)
     batches = Prefetcher(make, steps, ahead=recipe.prefetch)
-    meter = Meter(bounded=not trainee.scaler.is_enabled())
+    speed = matrix_rate(recipe.device, recipe.precision)
+    meter = Meter(bounded=not trainee.scaler.is_enabled(), rate=speed)
     try:
         for step, batch in zip(steps, meter.waiting(batches), strict=True):
             stops = world.start_sum(stop_requested())
             rate = learning_rate(recipe.stages, step)
             number, _ = recipe.locate(step)
             values = trainee.backward(batch)
-            meter.add(step, values, recipe.stages[number].batch_size)
+            meter.add(step, values, recipe.stages[number].batch_size, learner.flops(batch))
             if trainee.device.type == "cpu":
                 meter.check()  # before the weights change; on a GPU, where it waits, now and then
             trainee.update(step, rate)
@@ -265,7 +269,8 @@ def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, world: Worl
     place = f"from step {progress.step}" if progress.step else "from the start"
     return (
         f"{recipe.name}: {millions:.1f} M parameters, {recipe.num_steps} steps {place}, "
-        f"{world.size} process(es) ({recipe.parallel}) on {recipe.device}, {recipe.precision}, "
+        f"{world.size} process(es) ({recipe.parallel}) on {recipe.device}, {recipe.precision} at "
+        f"{matrix_rate(recipe.device, recipe.precision) / 1e9:.0f} GFLOP/s in matrices, "
         f"{malloc}, "
         f"compile {'on' if recipe.compile else 'off'}, torch {torch.__version__}, "
         f"{platform.machine()}"

@@ -26,6 +26,7 @@ from hidream.train.config import Recipe
 from hidream.train.data import TrainBatch, make_batch
 from hidream.train.distributed import PendingSum, World
 from hidream.train.export import put_in_place
+from hidream.train.flops import O1Tokens, o1_step
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import picture_loss, text_loss
@@ -84,6 +85,18 @@ class O1Learner(Learner):
             parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
             total = total + weight * text
         return Losses(total, parts)
+
+    def flops(self, batch: TrainBatch) -> int:
+        objective, texts = self.recipe.objective, batch.batch.text_mask.sum(1).tolist()
+        weight = objective.caption_weight if batch.picture else objective.lm_weight
+        tokens = O1Tokens(
+            causal=texts,
+            num_target=batch.x0.shape[1],
+            references=batch.batch.reference_mask.sum(1).tolist(),
+            vision_grids=batch.batch.image_grids,
+            num_logits=sum(texts) if weight > 0 else 0,
+        )
+        return o1_step(self.config or model_config(self.recipe), tokens)
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:
         return list(model.model.language_model.layers)  # one block compiles 8 times faster
