@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
-from hidream.world.tasks import TASKS
+from hidream.train.track import TRACKERS
+from hidream.world.tasks import CATEGORIES, TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARALLELS = ("ddp", "fsdp")
+TEXT_CATEGORIES = tuple(name for name in CATEGORIES if name not in ("edits", "subjects"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,21 @@ class HiDiTOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Pictures of evaluation scenes and the judge's verdicts on them, as training goes on.
+
+    Every `every` steps (0: never) the averaged weights draw `scenes` pictures of each of the world's
+    `categories`, always of the same scenes, as the exported model would, in `steps` steps (0: as
+    many as it would).
+    """
+
+    every: int = 0
+    scenes: int = 4
+    categories: tuple[str, ...] = ("single", "two_objects", "position", "counting")
+    steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a run: two runs of one recipe on one machine are bit-identical.
 
@@ -160,6 +177,8 @@ class Recipe:
     weights, averages and optimizer this run goes on from; `first_step` counts the steps that are
     behind `init`, where they shall count. `parallel` "fsdp" shards weights, averages and optimizer
     over the processes, "ddp" has them whole in each.
+
+    `report_to` names one of `hidream.train.track.TRACKERS`, which gets the log's numbers too.
 
     Intervals are in steps, 0 for never. Of I1: its text encoders read `num_tokens`; `gate_skew` is
     the score that every gate's first expert has too much at the start, to try the balance with.
@@ -186,6 +205,8 @@ class Recipe:
     hidit: HiDiTOptions = field(default_factory=HiDiTOptions)
     num_tokens: int = 16
     gate_skew: float = 0.0
+    validation: Validation = field(default_factory=Validation)
+    report_to: str = "none"
     log_every: int = 20
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -236,6 +257,7 @@ class Recipe:
             init="",
             stages=self.vae.stages,
             vae=dataclasses.replace(self.vae, stages=()),
+            validation=Validation(),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -358,6 +380,11 @@ def _check(recipe: Recipe) -> None:
         recipe.parallel == "ddp" or (recipe.optimizer.muon == 0 and recipe.precision != "float16"),
         'parallel = "fsdp" goes with optimizer.muon = 0 and any precision but float16.',
     )
+    require(
+        recipe.report_to in TRACKERS,
+        f'report_to = "{recipe.report_to}" must be one of {", ".join(TRACKERS)}.',
+    )
+    _check_validation(recipe)
     require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
     require(
         recipe.processes == 1 or recipe.device == "cpu",
@@ -390,6 +417,28 @@ def _check(recipe: Recipe) -> None:
                 not required or sum(weights.values()) > 0,
                 f"{where}.{table} names nothing with a weight.",
             )
+
+
+def _check_validation(recipe: Recipe) -> None:
+    options = recipe.validation
+    if options.every == 0:
+        return
+    known = {"o1": CATEGORIES, "i1": TEXT_CATEGORIES, "e1": ("edits",)}.get(recipe.family)
+    if known is None:
+        raise UsageError(
+            f"{recipe.model} draws no scenes of the world.", "Leave validation.every at 0."
+        )
+    if min(options.every, options.scenes, options.steps + 1) < 1:
+        raise UsageError(
+            f"validation.every = {options.every}, scenes = {options.scenes} and steps = "
+            f"{options.steps} must be positive; steps may be 0."
+        )
+    unknown = [name for name in options.categories if name not in known]
+    if unknown or not options.categories:
+        raise UsageError(
+            f"validation.categories = {list(options.categories)} must be some of "
+            f"{', '.join(known)}."
+        )
 
 
 def _join(where: str, key: str) -> str:

@@ -24,6 +24,7 @@ from hidream.models.i1.weights import load_i1, save_i1
 from hidream.models.vae import LatentCodec
 from hidream.nn.moe import MixtureOfExperts
 from hidream.pipelines.base import Counter
+from hidream.pipelines.i1 import I1Pipeline
 from hidream.pipelines.latent import LatentJob, denoise_latents
 from hidream.request import GenerateRequest, resolve
 from hidream.sampling import add_noise
@@ -214,6 +215,12 @@ class I1Learner(Learner):
         """With encoders of their own: the others' thread may be at work."""
         codec = LatentCodec.open(self.vae, device=self.recipe.device)
         return denoise_latents(model, self._open_encoders(), codec, jobs, counter=Counter())
+
+    def pipeline(self, model: I1) -> I1Pipeline:
+        """With encoders of its own: see `_drawn`."""
+        spec = registry.of_folder(self.settings(), family=self.recipe.family)
+        codec = LatentCodec.open(self.vae, device=self.recipe.device)
+        return I1Pipeline(spec, model, self._open_encoders(), codec)
 
     def settings(self) -> dict[str, Any]:
         """hidream.json: how it draws."""

@@ -15,6 +15,7 @@ from types import FrameType
 
 from hidream.errors import HidreamError, UsageError
 from hidream.train.config import Recipe, load_recipe
+from hidream.train.track import tracker
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = F
             f"{recipe.run_dir} already holds a run.",
             "Continue it with --resume, or give another folder with out=FOLDER.",
         )
+    with tracker(recipe.report_to, recipe.run_dir, recipe.name, {}):
+        pass  # what is not installed is told before anything is written
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     (recipe.run_dir / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1))
     with tempfile.TemporaryDirectory(prefix="hidream-train-") as meeting:

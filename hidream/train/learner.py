@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hidream.errors import UsageError
+from hidream.pipelines.base import Pipeline
 from hidream.train.config import Recipe
 from hidream.train.distributed import PendingSum, World
 
@@ -84,6 +85,13 @@ class Learner(ABC):
     @abstractmethod
     def export(self, model: Any, out_dir: Path) -> Path:
         """Write the averaged weights as a folder in the published layout."""
+
+    def pipeline(self, model: Any) -> Pipeline:
+        """What `hidream.load` would make of the export, around this very model: for validation.
+
+        Families that draw no scenes of the world have none: NotImplementedError.
+        """
+        raise NotImplementedError(f"{self.recipe.model} has no pipeline in training")
 
     def describe(self) -> None:  # noqa: B027 (most families have nothing to say)
         """Write what the network is into the run's folder: the first process does, as it begins."""

@@ -34,6 +34,7 @@ from hidream.train.optim import (
 from hidream.train.prefetch import Prefetcher
 from hidream.train.rate import matrix_rate, slow_precision
 from hidream.train.sharding import local, shard, whole
+from hidream.train.validate import validate
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,11 @@ def train(
                 trainee.save(done)
             if stopping:
                 return False
-            if _due(done, recipe.grid_every):
-                trainee.with_averages(partial(_write_grid, learner, done))
-                meter.reset()
+            with meter.paused():
+                if _due(done, recipe.grid_every):
+                    trainee.with_averages(partial(_write_grid, learner, done))
+                if _due(done, recipe.validation.every):
+                    trainee.with_averages(partial(_validate, learner, done, log))
     finally:
         batches.close()
     trainee.with_averages(lambda model: learner.export(model, recipe.run_dir / "model"))
@@ -240,6 +243,11 @@ def _write_grid(learner: Learner, step: int, ema: nn.Module) -> None:
     folder = learner.recipe.run_dir / "grids"
     folder.mkdir(parents=True, exist_ok=True)
     learner.grid(ema, step).save(folder / f"{step:07d}.png")
+
+
+def _validate(learner: Learner, step: int, log: RunLog | None, ema: nn.Module) -> None:
+    if log is not None:
+        log.write(validate(learner.recipe, learner.pipeline(ema), step))
 
 
 def _due(step: int, interval: int) -> bool:

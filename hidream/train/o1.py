@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from hidream import registry
 from hidream.errors import UsageError
 from hidream.models.o1.config import SIZES, O1Config
 from hidream.models.o1.model import O1
@@ -20,6 +21,8 @@ from hidream.models.o1.weights import load_o1, save_o1
 from hidream.nn.attention import Backend
 from hidream.pipelines.base import Counter
 from hidream.pipelines.denoise import O1Job, denoise_batch
+from hidream.pipelines.o1 import O1Pipeline
+from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
 from hidream.sampling import add_noise
 from hidream.train.config import Recipe
@@ -109,6 +112,10 @@ class O1Learner(Learner):
             model, self.tokenizer, PROMPTS, size=size, noise_scale=noise_scale
         )
         return montage(pictures, size)
+
+    def pipeline(self, model: O1) -> O1Pipeline:
+        spec = registry.of_folder(settings(model.config, self.recipe))
+        return O1Pipeline(spec, model, self.tokenizer, Prefixes(0))
 
     def export(self, model: O1, out_dir: Path) -> Path:
         """In bf16, with tokenizer and hidream.json."""

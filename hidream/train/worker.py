@@ -19,6 +19,7 @@ from hidream.train.distributed import join, leave
 from hidream.train.launch import INTERRUPTED
 from hidream.train.log import readable
 from hidream.train.loop import train
+from hidream.train.track import tracker
 
 
 def main() -> int:
@@ -39,18 +40,22 @@ def main() -> int:
     def stop_requested() -> bool:
         return bool(signals) or os.getppid() != parent  # nobody would wait for an orphan
 
-    def say(record: dict[str, Any]) -> None:
-        sys.stderr.write(readable(record) + "\n")
-        sys.stderr.flush()
-
     try:
         recipe = parse_recipe(json.loads(arguments.recipe.read_text()))
         if recipe.device == "cpu":
             torch.set_num_threads(1)
         world = join(arguments.rank, recipe.processes, arguments.store)
-        finished = train(
-            recipe, world, resume=arguments.resume, stop_requested=stop_requested, on_log=say
-        )
+        kind = recipe.report_to if world.main else "none"
+        with tracker(kind, recipe.run_dir, recipe.name, recipe.to_dict()) as track:
+
+            def say(record: dict[str, Any]) -> None:
+                sys.stderr.write(readable(record) + "\n")
+                sys.stderr.flush()
+                track(record)
+
+            finished = train(
+                recipe, world, resume=arguments.resume, stop_requested=stop_requested, on_log=say
+            )
         leave(world)
     except HidreamError as error:
         sys.stderr.write(f"{error}\n")
