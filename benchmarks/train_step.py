@@ -1,14 +1,14 @@
 """A training step of O1 against a plain one: `python -m benchmarks.train_step OUT.json`.
 
 Both take the same steps from the same weights on the same samples, those of `recipes/o1_nano.toml`
-at 128×128, in fp32 on one thread: what one of the recipe's two processes does. Their losses are
-compared. *Plain* is what one writes first
-with transformers: Qwen3-VL's own decoder layers in a dense mask, samples padded to the longest of
-them, nothing compiled, AdamW and the moving average tensor by tensor. *Ours* is what the loop
-runs: the recipe's padded buckets, compiled blocks, fused AdamW, a grouped average. Each has a
-process of its own: ours is started as `hidream train` starts one, with tcmalloc; plain once as
-one starts a script, and once with our environment. They take turns; a ratio is the rounds' median.
-Batches are made before the clock runs. Muon, which plain has not, is off.
+at 128×128, in fp32, and their losses are compared. *Plain* is what one writes first with
+transformers: Qwen3-VL's own decoder layers under a dense mask, samples padded to the longest of
+them, nothing compiled, AdamW and the moving average tensor by tensor, all cores by threads, as a
+script starts. *Ours* is what `hidream train` runs: the recipe's padded buckets, compiled blocks,
+fused AdamW, a grouped average, a process of one thread a core, tcmalloc. On one core, ours is one
+of the recipe's two processes, and plain has its half of the batch; plain in our environment too, to
+tell what that is worth. Sides take turns; a ratio is the rounds' median. Batches are made before
+the clock runs. Muon, which plain has not, is off.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +36,52 @@ from hidream.models.o1.batch import IGNORE, Batch
 from hidream.models.o1.model import O1
 from hidream.train.config import Recipe, load_recipe
 from hidream.train.data import TrainBatch
-from hidream.train.distributed import World
+from hidream.train.distributed import World, join
 from hidream.train.launch import worker_environment
 from hidream.train.loop import Trainee
 from hidream.train.o1 import O1Learner
 
 ROOT = Path(__file__).parents[1]
-RATE, BATCH, ROUNDS = 1e-3, 32, 7
+RATE, ROUNDS = 1e-3, 7
 TASKS = ("text_to_image", "edit")
-ENVIRONMENTS = {"ours": True, "plain": False, "plain, our environment": True}
 Step = Callable[[TrainBatch, int], float]
 
 
-def bench_recipe(batch_size: int = BATCH, **changes: Any) -> Recipe:
-    """Nano's, in one process, with AdamW for all."""
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """How one of the two is started."""
+
+    kind: str
+    processes: int = 1
+    threads: int = 1
+    batch: int = 32
+    our_environment: bool = False
+
+
+CASES = {
+    "one core": {
+        "ours": Side(kind="ours", our_environment=True),
+        "plain": Side(kind="plain"),
+        "plain, our environment": Side(kind="plain", our_environment=True),
+    },
+    "two cores": {
+        "ours": Side(kind="ours", processes=2, batch=64, our_environment=True),
+        "plain": Side(kind="plain", threads=2, batch=64),
+    },
+}
+
+
+def bench_recipe(task: str, batch_size: int) -> Recipe:
+    """Nano's, of one task, with AdamW for all."""
     recipe = load_recipe(ROOT / "recipes" / "o1_nano.toml")
-    stage = replace(recipe.stages[-1], steps=10**6, decay=0, batch_size=batch_size)
-    optimizer = replace(recipe.optimizer, muon=0.0)
-    return replace(recipe, stages=(stage,), processes=1, optimizer=optimizer, **changes)
+    tasks = {task: 1.0}
+    stage = replace(recipe.stages[-1], steps=10**6, decay=0, batch_size=batch_size, tasks=tasks)
+    return replace(recipe, stages=(stage,), optimizer=replace(recipe.optimizer, muon=0.0))
 
 
-def ours(recipe: Recipe) -> Step:
+def ours(recipe: Recipe, world: World) -> Step:
     """The loop's step."""
-    world = World()
-    trainee = Trainee(O1Learner(recipe), world)
+    trainee = Trainee(O1Learner(recipe, world), world)
 
     def step(batch: TrainBatch, number: int) -> float:
         values = trainee.backward(batch)
@@ -188,56 +211,62 @@ def _total(recipe: Recipe, values: dict[str, float]) -> float:
     return picture + recipe.objective.caption_weight * values["loss_caption"]
 
 
-def batches_of(recipe: Recipe, count: int) -> list[TrainBatch]:
-    learner = O1Learner(recipe)
-    return [learner.make_batch(step) for step in range(count)]
-
-
-def serve(side: str, task: str) -> None:
+def serve(side: Side, task: str, rank: int, store: str) -> None:
     """A side's process: a line in, a step, a line out."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(side.threads)
     torch.set_flush_denormal(True)
-    recipe = bench_recipe()
-    stage = replace(recipe.stages[0], tasks={task: 1.0})
-    recipe = replace(recipe, stages=(stage,))
-    batches = batches_of(recipe, 2)
-    step = (ours if side == "ours" else plain)(recipe)
+    recipe, world = bench_recipe(task, side.batch), join(rank, side.processes, store)
+    batch = O1Learner(recipe, world).make_batch(0, world.rank, world.size)
+    step = ours(recipe, world) if side.kind == "ours" else plain(recipe)
     for number, _ in enumerate(sys.stdin):
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = step(batches[0], number)
+        loss = step(batch, number)
         seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         print(json.dumps({"loss": loss, **seconds}), flush=True)
 
 
-def measure(task: str, rounds: int) -> dict[str, Any]:
-    """Seconds of a step, side by side, and the largest difference of losses."""
-    recipe = bench_recipe()
-    sides = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step", "--side", name, "--task", task],
-            env=worker_environment(recipe) if as_we_start else _plain_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+def start(side: Side, name: str, case: str, task: str, store: Path) -> list[subprocess.Popen[str]]:
+    """A side's processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(side.threads)}
+    if side.our_environment:
+        environment = worker_environment(bench_recipe(task, side.batch))
+    command = [sys.executable, "-m", "benchmarks.train_step", "--task", task, "--case", case]
+    command += ["--side", name, "--store", str(store)]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(
+            [*command, "--rank", str(rank)], env=environment, stdin=pipe, stdout=pipe, text=True
         )
-        for name, as_we_start in ENVIRONMENTS.items()
-    }
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    try:
-        for number in range(rounds + 2):  # two to compile and to warm up
-            for name in sorted(sides, reverse=bool(number % 2)):
-                times[name].append(_ask(sides[name]))
-            row = {name: {k: round(v, 4) for k, v in t[-1].items()} for name, t in times.items()}
-            print(number, row, file=sys.stderr)
-    finally:
-        for side in sides.values():
-            side.kill()
-            side.wait()
+        for rank in range(side.processes)
+    ]
+
+
+def measure(case: str, task: str, rounds: int) -> dict[str, Any]:
+    """Seconds of a step, side by side, and the largest difference of losses."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {
+            name: start(side, name, case, task, Path(folder) / name)
+            for name, side in CASES[case].items()
+        }
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+        try:
+            for number in range(rounds + 2):  # two to compile and to warm up
+                for name in sorted(sides, reverse=bool(number % 2)):
+                    times[name].append(_ask(sides[name]))
+                row = {
+                    name: {k: round(v, 4) for k, v in t[-1].items()} for name, t in times.items()
+                }
+                print(case, task, number, row, file=sys.stderr)
+        finally:
+            for process in [p for processes in sides.values() for p in processes]:
+                process.kill()
+                process.wait()
     differences = [
         abs(a["loss"] - b["loss"]) / abs(b["loss"])
         for a, b in zip(times["ours"], times["plain"], strict=True)
     ]
-    result: dict[str, Any] = {"task": task, "largest_difference_of_losses": max(differences)}
+    result: dict[str, Any] = {"case": case, "task": task}
+    result["largest_difference_of_losses"] = max(differences)
     for clock in ("wall", "cpu"):
         of = {name: [t[clock] for t in rows[2:]] for name, rows in times.items()}
         result[f"{clock}_seconds"] = {n: round(statistics.median(v), 3) for n, v in of.items()}
@@ -248,32 +277,38 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _ask(side: subprocess.Popen[str]) -> dict[str, float]:
-    assert side.stdin is not None
-    assert side.stdout is not None
-    side.stdin.write("step\n")
-    side.stdin.flush()
-    answer: dict[str, float] = json.loads(side.stdout.readline())
-    return answer
-
-
-def _plain_environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def _ask(side: list[subprocess.Popen[str]]) -> dict[str, float]:
+    """A step of all its processes: the mean of their losses, the longest time, all cores' time."""
+    for process in side:
+        assert process.stdin is not None
+        process.stdin.write("step\n")
+        process.stdin.flush()
+    answers = [json.loads(process.stdout.readline()) for process in side if process.stdout]
+    return {
+        "loss": statistics.mean(answer["loss"] for answer in answers),
+        "wall": max(answer["wall"] for answer in answers),
+        "cpu": sum(answer["cpu"] for answer in answers),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A training step of O1 against a plain one.")
     parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--side")
-    parser.add_argument("--task", default="")
+    parser.add_argument("--case", choices=tuple(CASES))
+    parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    for name in ("side", "store", "rank"):
+        parser.add_argument(f"--{name}", default="0", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.side:
-        return serve(arguments.side, arguments.task)
-    tasks = [arguments.task] if arguments.task else TASKS
-    rows = [measure(task, arguments.rounds) for task in tasks]
-    result = {"machine": machine(), "threads": 1, "batch": BATCH, "rows": rows}
-    text = json.dumps(result, indent=1)
+    if arguments.side != "0":
+        side = CASES[arguments.case][arguments.side]
+        return serve(side, arguments.task, int(arguments.rank), arguments.store)
+    rows = [
+        measure(case, task, arguments.rounds)
+        for case in ([arguments.case] if arguments.case else CASES)
+        for task in ([arguments.task] if arguments.task else TASKS)
+    ]
+    text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -156,9 +156,9 @@ class HiDiTOptions:
 class Validation:
     """Pictures of evaluation scenes and the judge's verdicts on them, as training goes on.
 
-    Every `every` steps (0: never) the averaged weights draw `scenes` pictures of each of the world's
-    `categories`, always of the same scenes, as the exported model would, in `steps` steps (0: as
-    many as it would).
+    Every `every` steps (0: never) the averaged weights draw `scenes` pictures of each of the
+    world's `categories`, always of the same scenes, as the exported model would, in `steps` steps
+    (0: as many as it would).
     """
 
     every: int = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hidream.models.hidit.config import HiDiTConfig
 from hidream.models.hidit.pixels import first_width, prime_factors
@@ -24,7 +25,7 @@ INNER, FIRST = 3, 2  # a layer's forward passes in a step; of one whose input ne
 
 def linear(rows: int, *sizes: int) -> int:
     """A chain of linear maps over `rows` tokens, forward."""
-    return 2 * rows * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return 2 * rows * sum(a * b for a, b in pairwise(sizes))
 
 
 def attention(pairs: int, width: int) -> int:
@@ -99,8 +100,10 @@ def i1_step(
     """
     size, image, text = config.size, patches + source, t5 + llama
     layers, features = config.num_blocks, (*[config.llama_size] * config.num_blocks, config.t5_size)
-    total = FIRST * samples * sum(
-        linear(llama if i < layers else t5, width, size) for i, width in enumerate(features)
+    total = (
+        FIRST
+        * samples
+        * sum(linear(llama if i < layers else t5, width, size) for i, width in enumerate(features))
     )
     total += FIRST * linear(samples, NUM_FREQUENCIES, size) + INNER * linear(samples, size, size)
     total += FIRST * linear(samples, config.pooled_size, size) + INNER * linear(samples, size, size)

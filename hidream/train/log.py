@@ -103,8 +103,8 @@ class Meter:
         self.unread.clear()
 
     def report(self) -> dict[str, float]:
-        """The mean of every value, samples per second, the shares of waiting and of the device's rate;
-        then starts again."""
+        """The mean of every value, samples per second, the shares of waiting and of the device's
+        rate; then starts again."""
         self.check()
         seconds = max(self.clock() - self.started, 1e-9)
         means = {name: total / self.counts[name] for name, total in sorted(self.totals.items())}

@@ -34,7 +34,10 @@ def counted(step):
     def backward(_, q, k, *__, **___):
         return 8 * prod(q) * k[-2]
 
-    mapping = {SDPA: forward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    mapping = {
+        SDPA: forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counting:
         step().backward()
     return counting.get_total_flops()

@@ -1,4 +1,4 @@
-"""Validation: fixed scenes, the judge's verdicts in log and trackers, and time that is not counted."""
+"""Validation: fixed scenes, verdicts in log and trackers, and time that is not counted."""
 
 import json
 import sys

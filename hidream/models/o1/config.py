@@ -279,6 +279,15 @@ O1_8B = O1Config(
     ),
 )
 
+# Between the published size and the largest, ours, for docs/scale.md: about twice the width and the
+# depth of 8B's, as Qwen and Llama grow.
+O1_56B = replace(
+    O1_8B,
+    text=replace(
+        O1_8B.text, hidden_size=8192, intermediate_size=24576, num_layers=70, num_heads=64
+    ),
+)
+
 # The paper names "200B+" and no sizes. These are ours: depth and width in the proportions of
 # published dense models of that class, the vision tower as at 8B.
 O1_PRO = replace(
@@ -342,4 +351,4 @@ O1_TINY = replace(
     vision=replace(O1_NANO.vision, hidden_size=48, intermediate_size=96),
 )
 
-SIZES = {"o1-8b": O1_8B, "o1-pro": O1_PRO, "o1-nano": O1_NANO, "o1-tiny": O1_TINY}
+SIZES = {"o1-8b": O1_8B, "o1-56b": O1_56B, "o1-pro": O1_PRO, "o1-nano": O1_NANO, "o1-tiny": O1_TINY}
