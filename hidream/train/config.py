@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
+from hidream.train.objective import Objective, check_objective
 from hidream.world.tasks import TASKS
 from hidream.world.text_to_image import PLANS
 
@@ -27,7 +29,7 @@ class Stage:
     over all processes. The rate climbs over the first `warmup` steps from where the stage before
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
     `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image (none: the
-    world's own mix).
+    world's own mix). `objective` has what is other than in the recipe's own.
     """
 
     size: int
@@ -39,31 +41,7 @@ class Stage:
     warmup: int = 0
     decay: int = 0
     final_rate: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What is minimised, and how the noise level is drawn. `t = 1 - sigma` (1 is data).
-
-    t = sigmoid(t_mean + t_std * n) with n standard normal, stratified over the step's batch.
-    `delta` bounds the weight 1/sigma^2 from above; `t_power` weights an error by t^t_power besides
-    (see `losses.picture_loss`), and so makes it smaller beside those of text; `lm_weight` scales
-    the cross-entropy of answers and `caption_weight` that of the captions inside picture samples.
-    Of I1 and E1: `balance_weight` scales the loss that spreads tokens over the experts, and an
-    edit's error counts more where source and target differ (`weigh_changes`).
-    """
-
-    noise_scale: float = 1.0
-    t_mean: float = -0.8
-    t_std: float = 0.8
-    delta: float = 0.05
-    t_power: float = 0.0
-    caption_dropout: float = 0.1
-    reference_dropout: float = 0.02
-    lm_weight: float = 0.1
-    caption_weight: float = 0.02
-    balance_weight: float = 0.01
-    weigh_changes: bool = True
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +193,14 @@ class Recipe:
             step -= stage.steps
         raise UsageError(f"the recipe has {self.num_steps} steps; there is no step after them.")
 
+    def objective_of(self, stage: int) -> Objective:
+        """The objective of a stage, by its number: the recipe's, with the stage's own changes."""
+        return dataclasses.replace(self.objective, **self.stages[stage].objective)
+
+    def objective_at(self, step: int) -> Objective:
+        """The objective of the run's step `step`."""
+        return self.objective_of(self.locate(step)[0])
+
     def first_sample(self, step: int) -> int:
         """Global index of the first sample of `step`: the number of samples drawn before it."""
         total = 0
@@ -265,6 +251,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """A checked recipe from plain values; raises UsageError naming the key that is wrong."""
     recipe = _build(Recipe, data, "")
+    for number, stage in enumerate(recipe.stages):
+        where, changes = f"stages.{number}.objective", stage.objective
+        typed = _build(Objective, changes, where)
+        changes.update({key: getattr(typed, key) for key in changes})
+        check_objective(recipe.objective_of(number), where if changes else "objective")
     _check(recipe)
     return recipe
 
@@ -317,7 +308,13 @@ def _build(cls: type, data: Any, where: str) -> Any:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if not isinstance(value, bool) and isinstance(value, int | float | str):
+            return value if isinstance(value, str) else float(value)
+        raise UsageError(f"{where} = {value!r} is not a float or str.")
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
             return tuple(_value(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))

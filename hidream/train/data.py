@@ -31,6 +31,7 @@ from hidream.train.draws import (
     noise_levels,
     task_of,
 )
+from hidream.train.objective import Objective
 from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
@@ -48,6 +49,7 @@ class TrainBatch:
     """
 
     task: str
+    objective: Objective
     batch: Batch
     x0: Float[Tensor, "b n p"]
     noise: Float[Tensor, "b n p"]
@@ -94,7 +96,11 @@ def make_batch(
     were drawn alone.
     """
     number, _ = recipe.locate(step)
-    stage, task = recipe.stages[number], task_of(recipe, step)
+    stage, task, objective = (
+        recipe.stages[number],
+        task_of(recipe, step),
+        recipe.objective_of(number),
+    )
     first = recipe.first_sample(step)
     places = range(rank, stage.batch_size, world)
     leader, redrawn = _draw(recipe, tokenizer, stage, task, first, None)
@@ -102,7 +108,7 @@ def make_batch(
     assert shape is not None
     samples = [_draw(recipe, tokenizer, stage, task, first + place, shape)[0] for place in places]
     encoded = [
-        encode_sample(recipe, config, tokenizer, stage, sample, first + place)
+        encode_sample(recipe.seed, config, tokenizer, stage.size, objective, sample, first + place)
         for sample, place in zip(samples, places, strict=True)
     ]
     num_text, num_references = padded_lengths(config, tokenizer, stage.size, task, shape)
@@ -121,9 +127,10 @@ def make_batch(
         noise = torch.stack(
             [draw_noise(recipe.seed, first + i, tuple(x0.shape[1:])) for i in places]
         )
-        sigma = noise_levels(recipe, stage.batch_size, step)[rank::world]
+        sigma = noise_levels(recipe, stage.batch_size, step, x0.shape[1])[rank::world]
     return TrainBatch(
         task=task,
+        objective=objective,
         batch=batch,
         x0=x0,
         noise=noise,
@@ -206,22 +213,23 @@ def _num_pictures(sample: Sample) -> int:
 
 
 def encode_sample(
-    recipe: Recipe,
+    seed: int,
     config: O1Config,
     tokenizer: Tokenizer,
-    stage: Stage,
+    size: int,
+    objective: Objective,
     sample: Sample,
     index: int,
 ) -> tuple[Tokens, slice]:
     """A sample's tokens and the stretch of its text that carries a loss: caption or answer."""
-    pictures = [Image.fromarray(p) for p in sample.reference_pictures(stage.size, stage.size)]
+    pictures = [Image.fromarray(p) for p in sample.reference_pictures(size, size)]
     if sample.task in TEXT_TASKS:
         answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
         tokens = encode_text(tokenizer, config, sample.prompt, pictures, answer)
         num_text = len(tokens.input_ids)
         return tokens, slice(num_text - len(answer), num_text)
-    prompt, objective = sample.prompt, recipe.objective
-    drop_caption, drop_references = generator(recipe.seed, Stream.DROPOUT, index).random(2)
+    prompt = sample.prompt
+    drop_caption, drop_references = generator(seed, Stream.DROPOUT, index).random(2)
     if drop_caption < objective.caption_dropout:
         prompt = UNCONDITIONAL_PROMPT
         if drop_references < objective.reference_dropout / max(objective.caption_dropout, 1e-9):
@@ -230,9 +238,9 @@ def encode_sample(
         tokenizer,
         config,
         prompt,
-        _prepare(config, stage.size, pictures),
-        width=stage.size,
-        height=stage.size,
+        _prepare(config, size, pictures),
+        width=size,
+        height=size,
     )
     dropped = prompt is UNCONDITIONAL_PROMPT or not objective.caption_weight
     end = tokens.caption.stop

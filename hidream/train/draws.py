@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from statistics import NormalDist
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hidream.sampling.schedules import shift_sigma
 from hidream.train.config import Recipe, Stage
 from hidream.world import tasks
 from hidream.world.tasks import Sample
@@ -53,16 +55,27 @@ def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
     return tasks.sample(task, recipe.seed, index, category=category)
 
 
-def noise_levels(recipe: Recipe, batch_size: int, step: int) -> Float[Tensor, " b"]:
-    """sigma = 1 - t of a step's samples; t = sigmoid(mean + std n), n stratified: Phi^-1((i+U)/B).
+def noise_levels(
+    recipe: Recipe, batch_size: int, step: int, num_tokens: int | Sequence[int]
+) -> Float[Tensor, " b"]:
+    """sigma = 1 - t of a step's samples, whose pictures have `num_tokens` (each, or all alike).
 
-    The samples are independent of their place i in the batch, so the strata need no shuffling.
+    t = F^-1((i + U) / B) is stratified over the B samples, F being the objective's distribution;
+    then shifted (see `Objective`). The samples are independent of their place i in the batch, so
+    the strata need no shuffling.
     """
+    objective = recipe.objective_at(step)
     draws = generator(recipe.seed, Stream.LEVEL, step).random(batch_size)
-    quantiles = np.clip((np.arange(batch_size) + draws) / batch_size, 1e-6, 1 - 1e-6)
-    normal = np.array([NormalDist().inv_cdf(q) for q in quantiles])
-    t = 1 / (1 + np.exp(-(recipe.objective.t_mean + recipe.objective.t_std * normal)))
-    return torch.from_numpy((1 - t).astype(np.float32))
+    t = np.clip((np.arange(batch_size) + draws) / batch_size, 1e-6, 1 - 1e-6)
+    if objective.timesteps == "logit-normal":
+        normal = np.array([NormalDist().inv_cdf(quantile) for quantile in t])
+        t = 1 / (1 + np.exp(-(objective.t_mean + objective.t_std * normal)))
+    lengths = [num_tokens] * batch_size if isinstance(num_tokens, int) else num_tokens
+    shifted = [
+        shift_sigma(1 - float(level), objective.shift_of(length))
+        for level, length in zip(t, lengths, strict=True)
+    ]
+    return torch.tensor(shifted, dtype=torch.float32)
 
 
 def draw_noise(

@@ -34,9 +34,9 @@ class E1Learner(I1Learner):
     ) -> LatentBatch:
         source = self._latents([s.reference_pictures(stage.size, stage.size)[0] for s in samples])
         weight = None
-        if self.recipe.objective.weigh_changes:
+        if batch.objective.weigh_changes:
             weight = weight_of_changes(batch.x0, source)
-        keeps = [drop >= self.recipe.objective.reference_dropout for drop in dropped]
+        keeps = [drop >= batch.objective.reference_dropout for drop in dropped]
         kept = torch.tensor(keeps)[:, None, None, None]
         return replace(batch, source=source * kept, weight=weight)
 

@@ -42,6 +42,7 @@ from hidream.train.export import put_in_place
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import velocity_loss
+from hidream.train.objective import Objective
 from hidream.train.vae import pixels
 from hidream.world.tasks import Sample
 
@@ -58,6 +59,7 @@ class LatentBatch:
     """
 
     task: str
+    objective: Objective
     features: Features
     x0: Float[Tensor, "b c h w"]
     noise: Float[Tensor, "b c h w"]
@@ -138,16 +140,19 @@ class I1Learner(Learner):
         indices = [first + place for place in range(rank, stage.batch_size, world)]
         samples = [draw_sample(recipe, stage, task, index) for index in indices]
         dropped = [generator(recipe.seed, Stream.DROPOUT, index).random(2) for index in indices]
-        keeps = [float(drop[0]) >= recipe.objective.caption_dropout for drop in dropped]
+        objective = recipe.objective_of(number)
+        keeps = [float(drop[0]) >= objective.caption_dropout for drop in dropped]
         prompts = [s.prompt if keep else "" for s, keep in zip(samples, keeps, strict=True)]
         x0 = self._latents([s.target(stage.size, stage.size) for s in samples])
         shape = tuple(x0.shape[1:])
+        num_tokens = shape[1] * shape[2] // self.config.patch_size**2
         batch = LatentBatch(
             task=task,
+            objective=objective,
             features=self.encoders.encode([Texts.of(prompt) for prompt in prompts]),
             x0=x0,
             noise=torch.stack([draw_noise(recipe.seed, index, shape) for index in indices]),
-            sigma=noise_levels(recipe, stage.batch_size, step)[rank::world],
+            sigma=noise_levels(recipe, stage.batch_size, step, num_tokens)[rank::world],
         )
         return self._with_sources(batch, samples, stage, [float(drop[1]) for drop in dropped])
 
@@ -162,7 +167,7 @@ class I1Learner(Learner):
 
     def losses(self, model: I1, batch: LatentBatch, labels: PendingSum) -> Losses:
         """`load_max`: of the busiest expert of all blocks, over the mean."""
-        objective = self.recipe.objective
+        objective = batch.objective
         x_t = add_noise(batch.x0, batch.noise, batch.sigma)
         with self.precision():
             prediction = model(x_t, batch.sigma, batch.features, source=batch.source)

@@ -61,7 +61,7 @@ class O1Learner(Learner):
     def losses(self, model: O1, batch: TrainBatch, labels: PendingSum) -> Losses:
         """The picture loss weighs 1; text weighs `lm_weight` where the task is text and
         `caption_weight` where it is a picture's caption."""
-        objective = self.recipe.objective
+        objective = batch.objective
         parts: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=batch.x0.device)
         with self.precision():
@@ -91,7 +91,7 @@ class O1Learner(Learner):
     def grid(self, model: O1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)
         size = self.recipe.stages[number].size
-        noise_scale = self.recipe.objective.noise_scale
+        noise_scale = self.recipe.objective_of(number).noise_scale
         pictures = sample_pictures(
             model, self.tokenizer, PROMPTS, size=size, noise_scale=noise_scale
         )
@@ -166,7 +166,7 @@ def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
         "variant": "full",
         "patch_size": config.patch_size,
         "bottleneck_size": config.bottleneck_size,
-        "noise_scale": recipe.objective.noise_scale,
+        "noise_scale": recipe.objective_of(len(recipe.stages) - 1).noise_scale,
         "sampler": "flash",
         "num_inference_steps": 50,
         "guidance_scale": 3.0,
