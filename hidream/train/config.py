@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
-from hidream.train.objective import Objective, check_objective
+from hidream.train.objective import Objective, Perceptual, check_objective
 from hidream.world.tasks import TASKS
 from hidream.world.text_to_image import PLANS
 
@@ -158,6 +158,7 @@ class Recipe:
     parallel: str = "ddp"
     compile: bool = False
     objective: Objective = field(default_factory=Objective)
+    perceptual: Perceptual = field(default_factory=Perceptual)
     optimizer: Optimizer = field(default_factory=Optimizer)
     buckets: Buckets = field(default_factory=Buckets)
     vae: Autoencoder = field(default_factory=Autoencoder)

@@ -26,6 +26,7 @@ from hidream.train.config import Recipe, Stage
 from hidream.train.draws import (
     Stream,
     draw_noise,
+    draw_place,
     draw_sample,
     generator,
     noise_levels,
@@ -43,7 +44,8 @@ REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reache
 class TrainBatch:
     """One process's share of a step; all its samples are of one task.
 
-    `picture` is false for tasks of text alone: x0, noise and sigma are then empty.
+    `picture` is false for tasks of text alone: x0, noise, sigma and places are then empty. `levels`
+    are the sigmas of all processes' samples, `places` where in its picture LPIPS looks.
     `num_labels` counts the positions with a text loss. `redrawn`: samples longer than every bucket
     that were replaced before the step's first one was found.
     """
@@ -54,6 +56,9 @@ class TrainBatch:
     x0: Float[Tensor, "b n p"]
     noise: Float[Tensor, "b n p"]
     sigma: Float[Tensor, " b"]
+    levels: Float[Tensor, " n"]
+    places: Float[Tensor, "b 2"]
+    grid: tuple[int, int]
     num_labels: int
     redrawn: int
 
@@ -69,6 +74,8 @@ class TrainBatch:
             x0=self.x0.to(device),
             noise=self.noise.to(device),
             sigma=self.sigma.to(device),
+            levels=self.levels.to(device),
+            places=self.places.to(device),
         )
 
 
@@ -120,21 +127,24 @@ def make_batch(
     )
     if task in TEXT_TASKS:
         x0 = noise = torch.zeros(len(samples), 0, config.patch_dim)
-        sigma = torch.zeros(len(samples))
+        levels = torch.zeros(stage.batch_size)
     else:
         pictures = [Image.fromarray(s.target(stage.size, stage.size)) for s in samples]
         x0 = patchify(torch.stack([to_tensor(p) for p in pictures]), config.patch_size)
         noise = torch.stack(
             [draw_noise(recipe.seed, first + i, tuple(x0.shape[1:])) for i in places]
         )
-        sigma = noise_levels(recipe, stage.batch_size, step, x0.shape[1])[rank::world]
+        levels = noise_levels(recipe, stage.batch_size, step, x0.shape[1])
     return TrainBatch(
         task=task,
         objective=objective,
         batch=batch,
         x0=x0,
         noise=noise,
-        sigma=sigma,
+        sigma=levels[rank::world],
+        levels=levels,
+        places=torch.stack([draw_place(recipe.seed, first + place) for place in places]),
+        grid=encoded[0][0].grid,
         num_labels=int((batch.labels != IGNORE).sum()),
         redrawn=redrawn,
     )

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     CATEGORY = 4
     PIXELS = 5
     ORDER = 6
+    CROP = 7
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
@@ -84,3 +85,8 @@ def draw_noise(
     """Standard normal noise of the run's sample `index`."""
     draws = generator(seed, stream, index).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(draws)
+
+
+def draw_place(seed: int, index: int) -> Float[Tensor, " 2"]:
+    """Where in the picture of the run's sample `index` a crop lies: down and right, in 0 … 1."""
+    return torch.from_numpy(generator(seed, Stream.CROP, index).random(2).astype(np.float32))

@@ -15,6 +15,7 @@ from torch import nn
 from hidream.errors import UsageError
 from hidream.models.o1.config import SIZES, O1Config
 from hidream.models.o1.model import O1
+from hidream.models.o1.patches import unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
 from hidream.models.o1.weights import load_o1, save_o1
 from hidream.nn.attention import Backend
@@ -29,6 +30,7 @@ from hidream.train.export import put_in_place
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import picture_loss, text_loss
+from hidream.train.perceptual import PerceptualLosses
 
 PACKAGE = Path(__file__).parents[1]
 MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
@@ -41,6 +43,9 @@ class O1Learner(Learner):
         super().__init__(recipe, world)
         self.tokenizer = Tokenizer(tokenizer_folder(recipe))
         self.config: O1Config | None = None  # known once a model was built
+        stages = range(len(recipe.stages))
+        wanted = any(recipe.objective_of(number).perceptual for number in stages)
+        self.perceptual = PerceptualLosses(recipe) if wanted else None
 
     def build(self) -> O1:
         recipe = self.recipe
@@ -76,6 +81,11 @@ class O1Learner(Learner):
             )
             parts[f"loss_{batch.task}"] = loss.detach()
             total = total + loss
+            for name, weight, loss in self._perceptual(
+                model, prediction.x0, batch, labels.num_processes
+            ):
+                parts[name] = loss.detach()
+                total = total + weight * loss
         weight = objective.caption_weight if batch.picture else objective.lm_weight
         if weight > 0:
             text = text_loss(
@@ -84,6 +94,20 @@ class O1Learner(Learner):
             parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
             total = total + weight * text
         return Losses(total, parts)
+
+    def _perceptual(
+        self, model: O1, predicted: torch.Tensor, batch: TrainBatch, num_processes: int
+    ) -> list[tuple[str, float, torch.Tensor]]:
+        """See `PerceptualLosses`."""
+        if self.perceptual is None or not batch.objective.perceptual:
+            return []
+        pictures = (
+            unpatchify(patches, batch.grid, model.config.patch_size)
+            for patches in (predicted, batch.x0)
+        )
+        return self.perceptual(
+            *pictures, batch.sigma, batch.places, batch.objective, batch.levels, num_processes
+        )
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:
         return list(model.model.language_model.layers)  # one block compiles 8 times faster

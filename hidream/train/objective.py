@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hidream.errors import UsageError
 
 TIMESTEPS = ("logit-normal", "uniform")
+NETWORKS = ("published", "stand-in")
 BASE_TOKENS = 256  # what shifts by the number of tokens are counted from: 256² in patches of 16
 
 
@@ -72,6 +73,31 @@ class Objective:
     def perceptual(self) -> bool:
         """Whether a perceptual loss has a weight."""
         return self.lpips_weight > 0 or self.dino_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perceptual:
+    """The frozen networks behind `lpips_weight` and `dino_weight`.
+
+    `network` "published": `lpips` is a safetensors file, a folder or a repository in the hub's
+    cache with VGG16 and LPIPS's linear weights; `dino` a folder with DINOv2 of the kind `encoder`,
+    the hub's cache if empty. "stand-in": random networks, which need no files and teach little.
+    LPIPS sees a random square of `crop` pixels of a larger picture.
+    """
+
+    network: str = "published"
+    lpips: str = ""
+    dino: str = ""
+    encoder: str = "dinov2-vit-b"
+    crop: int = 512
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise UsageError(
+                f'perceptual.network = "{self.network}" must be one of {", ".join(NETWORKS)}.'
+            )
+        if self.crop < 16:
+            raise UsageError(f"perceptual.crop = {self.crop} must be 16 or more.")
 
 
 def check_objective(objective: Objective, where: str) -> None:
