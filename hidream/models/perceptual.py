@@ -166,7 +166,7 @@ def stand_in_lpips(seed: int = 0) -> Lpips:
         if isinstance(layer, nn.Conv2d):
             std = math.sqrt(2 / (9 * layer.in_channels))
             nn.init.normal_(layer.weight, std=std, generator=generator)
-            nn.init.normal_(layer.bias, std=0.1, generator=generator)
+            layer.bias.copy_(0.1 * torch.randn(layer.out_channels, generator=generator))
     return model
 
 

@@ -198,9 +198,9 @@ class Recipe:
         """The objective of a stage, by its number: the recipe's, with the stage's own changes."""
         return dataclasses.replace(self.objective, **self.stages[stage].objective)
 
-    def objective_at(self, step: int) -> Objective:
-        """The objective of the run's step `step`."""
-        return self.objective_of(self.locate(step)[0])
+    def at(self, step: int) -> Recipe:
+        """The recipe with the objective of the stage of `step`."""
+        return dataclasses.replace(self, objective=self.objective_of(self.locate(step)[0]))
 
     def first_sample(self, step: int) -> int:
         """Global index of the first sample of `step`: the number of samples drawn before it."""

@@ -36,6 +36,7 @@ from hidream.train.objective import Objective
 from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
+Size = tuple[int, int]  # width and height
 MAX_DRAWS = 10_000
 REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reaches
 
@@ -44,8 +45,8 @@ REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reache
 class TrainBatch:
     """One process's share of a step; all its samples are of one task.
 
-    `picture` is false for tasks of text alone: x0, noise, sigma and places are then empty. `levels`
-    are the sigmas of all processes' samples, `places` where in its picture LPIPS looks.
+    `picture` is false for tasks of text alone: x0 and noise are then empty. `levels` are the
+    sigmas of all processes' samples, `places` where in its picture LPIPS looks.
     `num_labels` counts the positions with a text loss. `redrawn`: samples longer than every bucket
     that were replaced before the step's first one was found.
     """
@@ -102,20 +103,17 @@ def make_batch(
     decides its shape; the others are drawn until they have it, so each is distributed as if it
     were drawn alone.
     """
-    number, _ = recipe.locate(step)
-    stage, task, objective = (
-        recipe.stages[number],
-        task_of(recipe, step),
-        recipe.objective_of(number),
-    )
+    recipe, (number, _) = recipe.at(step), recipe.locate(step)
+    stage, task = recipe.stages[number], task_of(recipe, step)
     first = recipe.first_sample(step)
     places = range(rank, stage.batch_size, world)
     leader, redrawn = _draw(recipe, tokenizer, stage, task, first, None)
     shape = _shape_of(recipe, tokenizer, task, leader)
     assert shape is not None
     samples = [_draw(recipe, tokenizer, stage, task, first + place, shape)[0] for place in places]
+    size = (stage.size, stage.size)
     encoded = [
-        encode_sample(recipe.seed, config, tokenizer, stage.size, objective, sample, first + place)
+        encode_sample(recipe, config, tokenizer, size, sample, first + place)
         for sample, place in zip(samples, places, strict=True)
     ]
     num_text, num_references = padded_lengths(config, tokenizer, stage.size, task, shape)
@@ -137,7 +135,7 @@ def make_batch(
         levels = noise_levels(recipe, stage.batch_size, step, x0.shape[1])
     return TrainBatch(
         task=task,
-        objective=objective,
+        objective=recipe.objective,
         batch=batch,
         x0=x0,
         noise=noise,
@@ -159,17 +157,17 @@ def padded_lengths(
     if task in TEXT_TASKS:
         tokens = encode_text(tokenizer, config, "", blank, [tokenizer.special["<|im_end|>"]])
     else:
-        prepared = _prepare(config, size, blank)
+        prepared = _prepare(config, (size, size), blank)
         tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
     return len(tokens.input_ids) + shape.longest, len(tokens.references)
 
 
-def _prepare(config: O1Config, size: int, pictures: list[Image.Image]) -> list[Image.Image]:
+def _prepare(config: O1Config, size: Size, pictures: list[Image.Image]) -> list[Image.Image]:
     return prepare_references(
         pictures,
         (),
-        width=size,
-        height=size,
+        width=size[0],
+        height=size[1],
         patch_size=config.patch_size,
         budgets=config.budgets,
     )
@@ -223,23 +221,22 @@ def _num_pictures(sample: Sample) -> int:
 
 
 def encode_sample(
-    seed: int,
+    recipe: Recipe,
     config: O1Config,
     tokenizer: Tokenizer,
-    size: int,
-    objective: Objective,
+    size: Size,
     sample: Sample,
     index: int,
 ) -> tuple[Tokens, slice]:
     """A sample's tokens and the stretch of its text that carries a loss: caption or answer."""
-    pictures = [Image.fromarray(p) for p in sample.reference_pictures(size, size)]
+    pictures = [Image.fromarray(p) for p in sample.reference_pictures(*size)]
     if sample.task in TEXT_TASKS:
         answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
         tokens = encode_text(tokenizer, config, sample.prompt, pictures, answer)
         num_text = len(tokens.input_ids)
         return tokens, slice(num_text - len(answer), num_text)
-    prompt = sample.prompt
-    drop_caption, drop_references = generator(seed, Stream.DROPOUT, index).random(2)
+    prompt, objective = sample.prompt, recipe.objective
+    drop_caption, drop_references = generator(recipe.seed, Stream.DROPOUT, index).random(2)
     if drop_caption < objective.caption_dropout:
         prompt = UNCONDITIONAL_PROMPT
         if drop_references < objective.reference_dropout / max(objective.caption_dropout, 1e-9):
@@ -249,8 +246,8 @@ def encode_sample(
         config,
         prompt,
         _prepare(config, size, pictures),
-        width=size,
-        height=size,
+        width=size[0],
+        height=size[1],
     )
     dropped = prompt is UNCONDITIONAL_PROMPT or not objective.caption_weight
     end = tokens.caption.stop

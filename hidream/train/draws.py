@@ -27,7 +27,7 @@ class Stream(IntEnum):
     CATEGORY = 4
     PIXELS = 5
     ORDER = 6
-    CROP = 7
+    CROP = 9
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
@@ -65,7 +65,7 @@ def noise_levels(
     then shifted (see `Objective`). The samples are independent of their place i in the batch, so
     the strata need no shuffling.
     """
-    objective = recipe.objective_at(step)
+    objective = recipe.at(step).objective
     draws = generator(recipe.seed, Stream.LEVEL, step).random(batch_size)
     t = np.clip((np.arange(batch_size) + draws) / batch_size, 1e-6, 1 - 1e-6)
     if objective.timesteps == "logit-normal":

@@ -134,21 +134,20 @@ class I1Learner(Learner):
         return model.requires_grad_(True).train()
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> LatentBatch:
-        recipe = self.recipe
+        recipe = self.recipe.at(step)
         number, _ = recipe.locate(step)
         stage, task, first = recipe.stages[number], task_of(recipe, step), recipe.first_sample(step)
         indices = [first + place for place in range(rank, stage.batch_size, world)]
         samples = [draw_sample(recipe, stage, task, index) for index in indices]
         dropped = [generator(recipe.seed, Stream.DROPOUT, index).random(2) for index in indices]
-        objective = recipe.objective_of(number)
-        keeps = [float(drop[0]) >= objective.caption_dropout for drop in dropped]
+        keeps = [float(drop[0]) >= recipe.objective.caption_dropout for drop in dropped]
         prompts = [s.prompt if keep else "" for s, keep in zip(samples, keeps, strict=True)]
         x0 = self._latents([s.target(stage.size, stage.size) for s in samples])
         shape = tuple(x0.shape[1:])
         num_tokens = shape[1] * shape[2] // self.config.patch_size**2
         batch = LatentBatch(
             task=task,
-            objective=objective,
+            objective=recipe.objective,
             features=self.encoders.encode([Texts.of(prompt) for prompt in prompts]),
             x0=x0,
             noise=torch.stack([draw_noise(recipe.seed, index, shape) for index in indices]),

@@ -101,12 +101,13 @@ class O1Learner(Learner):
         """See `PerceptualLosses`."""
         if self.perceptual is None or not batch.objective.perceptual:
             return []
-        pictures = (
+        found, wanted = (
             unpatchify(patches, batch.grid, model.config.patch_size)
             for patches in (predicted, batch.x0)
         )
         return self.perceptual(
-            *pictures, batch.sigma, batch.places, batch.objective, batch.levels, num_processes
+            *(found, wanted, batch.sigma, batch.places),
+            *(batch.objective, batch.levels, num_processes),
         )
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:

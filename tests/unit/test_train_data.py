@@ -114,8 +114,8 @@ def test_an_answer_follows_what_a_user_would_ask(tokenizer, task):
 
     recipe = recipe_of(tasks=[task])
     config, stage, sample = model_config(recipe), recipe.stages[0], tasks.sample(task, 3, 5)
-    objective = recipe.objective_of(0)
-    tokens, answer = encode_sample(3, config, tokenizer, stage.size, objective, sample, 5)
+    size = (stage.size, stage.size)
+    tokens, answer = encode_sample(recipe, config, tokenizer, size, sample, 5)
     pictures = [Image.fromarray(p) for p in sample.reference_pictures(stage.size, stage.size)]
     asked = encode_text(tokenizer, config, sample.prompt, pictures)
     assert len(pictures) == (task == "understanding")

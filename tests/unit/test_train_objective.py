@@ -82,8 +82,8 @@ def test_a_stage_changes_what_it_names_and_keeps_the_rest():
     first, second = recipe.objective_of(0), recipe.objective_of(1)
     assert first == recipe.objective
     assert (second.timesteps, second.noise_scale, second.delta) == ("uniform", 2.0, 0.1)
-    assert recipe.objective_at(5) == first
-    assert recipe.objective_at(6) == second
+    assert recipe.at(5).objective == first
+    assert recipe.at(6).objective == second
     assert parse_recipe(recipe.to_dict()) == recipe
     a, b = (noise_levels(recipe, 64, step, 256) for step in (5, 6))
     assert torch.quantile(a, 0.05) > torch.quantile(b, 0.05) + 0.2
