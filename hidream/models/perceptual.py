@@ -48,6 +48,9 @@ class Lpips(nn.Module):
     channels. `widths`: channels of each level; others than VGG16's are for stand-ins.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, name: str, widths: tuple[int, ...]):
         super().__init__()
         self.name = name
@@ -166,6 +169,7 @@ def stand_in_lpips(seed: int = 0) -> Lpips:
         if isinstance(layer, nn.Conv2d):
             std = math.sqrt(2 / (9 * layer.in_channels))
             nn.init.normal_(layer.weight, std=std, generator=generator)
+            assert layer.bias is not None
             layer.bias.copy_(0.1 * torch.randn(layer.out_channels, generator=generator))
     return model
 

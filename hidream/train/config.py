@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
+from hidream.train.filter import Filter, check_filter
 from hidream.train.objective import Objective, Perceptual, check_objective
 from hidream.world.tasks import TASKS
 from hidream.world.text_to_image import PLANS
@@ -29,7 +30,8 @@ class Stage:
     over all processes. The rate climbs over the first `warmup` steps from where the stage before
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
     `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image (none: the
-    world's own mix). `objective` has what is other than in the recipe's own.
+    world's own mix), `filter` says which of their samples are taken. `objective` has what is other
+    than in the recipe's own.
     """
 
     size: int
@@ -42,6 +44,7 @@ class Stage:
     decay: int = 0
     final_rate: float = 0.0
     objective: dict[str, Any] = field(default_factory=dict)
+    filter: Filter = field(default_factory=Filter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,10 +360,6 @@ def _check(recipe: Recipe) -> None:
         'parallel = "fsdp" goes with optimizer.muon = 0 and any precision but float16.',
     )
     require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
-    require(
-        recipe.processes == 1 or recipe.device == "cpu",
-        f'processes = {recipe.processes} needs device = "cpu".',
-    )
     named = [(f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)]
     named += [(f"vae.stages.{i}", stage) for i, stage in enumerate(recipe.vae.stages)]
     for where, stage in named:
@@ -372,6 +371,7 @@ def _check(recipe: Recipe) -> None:
             f"processes = {recipe.processes}.",
         )
         require(stage.learning_rate > 0, f"{where}.learning_rate must be positive.")
+        check_filter(stage.filter, f"{where}.filter")
         require(
             min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
             f"{where}: warmup + decay must fit into its {stage.steps} steps.",

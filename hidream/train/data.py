@@ -24,10 +24,12 @@ from hidream.models.o1.tokens import (
 )
 from hidream.train.config import Recipe, Stage
 from hidream.train.draws import (
+    MAX_DRAWS,
+    REDRAW,
     Stream,
+    candidate,
     draw_noise,
     draw_place,
-    draw_sample,
     generator,
     noise_levels,
     task_of,
@@ -37,8 +39,6 @@ from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
 Size = tuple[int, int]  # width and height
-MAX_DRAWS = 10_000
-REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reaches
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,13 @@ def _draw(
     index: int,
     shape: Shape | None,
 ) -> tuple[Sample, int]:
-    """Sample `index`, or its first replacement that has `shape` (any, if None), and how many of
-    those before it were too long for every bucket."""
+    """Sample `index`, or its first replacement that the stage's filter admits and that has `shape`
+    (any, if None), and how many of those before it were too long for every bucket."""
     too_long = 0
     for draw in range(MAX_DRAWS):
-        place = index + draw * REDRAW
-        sample = draw_sample(recipe, stage, task, place)
+        sample = candidate(recipe, stage, task, index + draw * REDRAW)
+        if not stage.filter.admits(sample.prompt):
+            continue
         if shape is not None:
             if shape.holds(_num_words(tokenizer, sample), _num_pictures(sample)):
                 return sample, too_long
@@ -195,8 +196,9 @@ def _draw(
         else:
             too_long += 1
     raise ModelError(
-        f"no sample of task {task} fits buckets.{task} = {list(recipe.buckets.of(task))}.",
-        "Give longer buckets in the recipe.",
+        f"no sample of task {task} passes the stage's filter and fits buckets.{task} = "
+        f"{list(recipe.buckets.of(task))}.",
+        "Give longer buckets in the recipe, or loosen [stages.filter].",
     )
 
 

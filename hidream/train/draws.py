@@ -11,10 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hidream.errors import ModelError
 from hidream.sampling.schedules import shift_sigma
 from hidream.train.config import Recipe, Stage
 from hidream.world import tasks
 from hidream.world.tasks import Sample
+
+MAX_DRAWS = 10_000
+REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reaches
 
 
 class Stream(IntEnum):
@@ -49,6 +53,20 @@ def weighted(weights: dict[str, float], dice: np.random.Generator) -> str:
 
 
 def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
+    """Sample `index` of a task, or its first replacement that the stage's filter admits.
+
+    Raises ModelError where that is none of very many.
+    """
+    for draw in range(MAX_DRAWS):
+        sample = candidate(recipe, stage, task, index + draw * REDRAW)
+        if stage.filter.admits(sample.prompt):
+            return sample
+    raise ModelError(
+        f"no sample of task {task} passes the stage's filter.", "Loosen [stages.filter]."
+    )
+
+
+def candidate(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
     """The world's sample `index` of a task, of one of the stage's categories if it names some."""
     category = None
     if task == "text_to_image" and stage.categories:

@@ -35,6 +35,11 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = F
     130. Raises UsageError, InputError, or HidreamError for a process that failed.
     """
     recipe = load_recipe(recipe_path, overrides)
+    if recipe.processes > 1 and recipe.device != "cpu":
+        raise UsageError(
+            f'processes = {recipe.processes} needs device = "cpu".',
+            "This command starts several processes on a CPU only; --dry-run plans for any.",
+        )
     runs = [r for r in (recipe.before, recipe) if r is not None]
     started = any((r.run_dir / "checkpoints" / "latest").exists() for r in runs)
     if started and not resume:

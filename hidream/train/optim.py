@@ -26,8 +26,28 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the transformers where the recipe asks for it.
 
-    AdamW decays matrices only: norms, biases and embedding tables are left alone. What needs no
-    gradient has no optimizer.
+    What needs no gradient has no optimizer.
+    """
+    inner, decayed, kept = split_parameters(model, options)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    ]
+    if inner:
+        decay, rms = options.weight_decay, ADAMW_RMS * options.muon
+        optimizers.append(Muon(inner, rms=rms, weight_decay=decay, world=world))
+    return optimizers
+
+
+def split_parameters(
+    model: nn.Module, options: Optimizer
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon updates; what AdamW updates and decays; what it updates alone.
+
+    Norms, biases and embedding tables do not decay.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     inner: list[nn.Parameter] = []
@@ -42,17 +62,7 @@ def build_optimizers(
             decayed.append(parameter)
         else:
             kept.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
-    ]
-    if inner:
-        decay, rms = options.weight_decay, ADAMW_RMS * options.muon
-        optimizers.append(Muon(inner, rms=rms, weight_decay=decay, world=world))
-    return optimizers
+    return inner, decayed, kept
 
 
 def learning_rate(stages: Sequence[Stage], step: int) -> float:
