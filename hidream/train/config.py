@@ -31,7 +31,8 @@ class Stage:
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
     `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image (none: the
     world's own mix), `filter` says which of their samples are taken. `objective` has what is other
-    than in the recipe's own.
+    than in the recipe's own. `sparsity` of O1 is the share of the attention between blocks of a
+    picture's patches that is left out: the network learns to do without (`hidream.nn.sparse`).
     """
 
     size: int
@@ -45,6 +46,7 @@ class Stage:
     final_rate: float = 0.0
     objective: dict[str, Any] = field(default_factory=dict)
     filter: Filter = field(default_factory=Filter)
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +374,13 @@ def _check(recipe: Recipe) -> None:
         )
         require(stage.learning_rate > 0, f"{where}.learning_rate must be positive.")
         check_filter(stage.filter, f"{where}.filter")
+        require(
+            0 <= stage.sparsity < 1, f"{where}.sparsity = {stage.sparsity} must lie in 0 … below 1."
+        )
+        require(
+            stage.sparsity == 0 or (recipe.family == "o1" and not recipe.compile),
+            f"{where}.sparsity = {stage.sparsity} goes with an O1 and compile = false.",
+        )
         require(
             min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
             f"{where}: warmup + decay must fit into its {stage.steps} steps.",

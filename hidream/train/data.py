@@ -62,6 +62,7 @@ class TrainBatch:
     grid: tuple[int, int]
     num_labels: int
     redrawn: int
+    sparsity: float = 0.0
 
     @property
     def picture(self) -> bool:
@@ -145,6 +146,7 @@ def make_batch(
         grid=encoded[0][0].grid,
         num_labels=int((batch.labels != IGNORE).sum()),
         redrawn=redrawn,
+        sparsity=stage.sparsity,
     )
 
 

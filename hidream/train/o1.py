@@ -13,12 +13,14 @@ from PIL import Image
 from torch import nn
 
 from hidream.errors import UsageError
+from hidream.limits import SPARSE_BLOCK, skipped_blocks
 from hidream.models.o1.config import SIZES, O1Config
 from hidream.models.o1.model import O1
 from hidream.models.o1.patches import unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
 from hidream.models.o1.weights import load_o1, save_o1
 from hidream.nn.attention import Backend
+from hidream.nn.sparse import Blocks
 from hidream.pipelines.base import Counter
 from hidream.pipelines.denoise import O1Job, denoise_batch
 from hidream.request import GenerateRequest
@@ -57,6 +59,7 @@ class O1Learner(Learner):
             model.init_weights(torch.Generator().manual_seed(recipe.seed))
             model.train()
         self.config = model.config
+        _check_sparsity(recipe, model.config)
         return model
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> TrainBatch:
@@ -72,7 +75,8 @@ class O1Learner(Learner):
         with self.precision():
             if batch.picture:
                 x_t = add_noise(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
-                prediction = model(batch.batch, x_t, batch.sigma)
+                blocks = Blocks.of(batch.grid, batch.sparsity, device=x_t.device)
+                prediction = model(batch.batch, x_t, batch.sigma, blocks)
             else:
                 prediction = model(batch.batch)
         if batch.picture:
@@ -115,12 +119,16 @@ class O1Learner(Learner):
 
     def grid(self, model: O1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)
-        size = self.recipe.stages[number].size
-        noise_scale = self.recipe.objective_of(number).noise_scale
+        stage = self.recipe.stages[number]
         pictures = sample_pictures(
-            model, self.tokenizer, PROMPTS, size=size, noise_scale=noise_scale
+            model,
+            self.tokenizer,
+            PROMPTS,
+            size=stage.size,
+            noise_scale=self.recipe.objective_of(number).noise_scale,
+            sparsity=stage.sparsity,
         )
-        return montage(pictures, size)
+        return montage(pictures, stage.size)
 
     def export(self, model: O1, out_dir: Path) -> Path:
         """In bf16, with tokenizer and hidream.json."""
@@ -153,6 +161,7 @@ def sample_pictures(
     *,
     size: int,
     noise_scale: float = 1.0,
+    sparsity: float = 0.0,
     num_steps: int = 15,
     guidance_scale: float = 2.0,
     seed: int = 0,
@@ -175,7 +184,7 @@ def sample_pictures(
             noise_scale=noise_scale,
             sampler="euler",
             shift=3.0,
-            sparsity=0.0,
+            sparsity=sparsity,
         )
         jobs.append(O1Job(request, seed + i, tokens(prompt), unconditional))
     with torch.no_grad():
@@ -184,7 +193,7 @@ def sample_pictures(
 
 def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
     """hidream.json: what the published layout cannot say about this checkpoint."""
-    size = recipe.stages[-1].size
+    size, sparsity = recipe.stages[-1].size, recipe.stages[-1].sparsity
     return {
         "name": recipe.name.replace("_", "-"),
         "family": "o1",
@@ -198,11 +207,23 @@ def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
         "shift": 3.0,
         "width": size,
         "height": size,
+        **({"sparsity": sparsity} if sparsity else {}),
         "reference_budgets": {
             "sides": [list(row) for row in config.budgets.sides],
             "vision_sides": [list(row) for row in config.budgets.vision_sides],
         },
     }
+
+
+def _check_sparsity(recipe: Recipe, config: O1Config) -> None:
+    for number, stage in enumerate(recipe.stages):
+        patches = (stage.size // config.patch_size) ** 2
+        if stage.sparsity and not skipped_blocks(patches, stage.sparsity):
+            raise UsageError(
+                f"stages.{number}.sparsity = {stage.sparsity} leaves nothing out of {patches} "
+                f"patches, which are {patches // SPARSE_BLOCK} blocks of {SPARSE_BLOCK}.",
+                "Give a larger size or sparsity.",
+            )
 
 
 def _backend(recipe: Recipe) -> Backend:
