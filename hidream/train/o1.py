@@ -14,6 +14,7 @@ from torch import nn
 
 from hidream.errors import UsageError
 from hidream.models.o1.config import SIZES, O1Config
+from hidream.models.o1.decoder import Decoder
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
 from hidream.models.o1.weights import load_o1, save_o1
@@ -87,6 +88,13 @@ class O1Learner(Learner):
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:
         return list(model.model.language_model.layers)  # one block compiles 8 times faster
+
+    def decoder_sizes(self) -> tuple[int, int, int]:
+        text = model_config(self.recipe).text
+        return text.num_heads, text.num_kv_heads, text.intermediate_size
+
+    def decoder(self, model: O1) -> Decoder:
+        return model.model.language_model
 
     def grid(self, model: O1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)
