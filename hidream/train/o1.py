@@ -32,6 +32,7 @@ from hidream.train.learner import Learner, Losses
 from hidream.train.losses import picture_loss, text_loss
 
 PACKAGE = Path(__file__).parents[1]
+PICTURED = ("edit", "subject", "understanding")  # tasks whose samples have reference pictures
 MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
 
 
@@ -84,6 +85,9 @@ class O1Learner(Learner):
             )
             parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
             total = total + weight * text
+        if batch.task in PICTURED and batch.batch.pixel_values is None:  # all were dropped here
+            tower = model.model.visual.parameters()  # others have gradients there: so must this one
+            total = total + 0 * torch.stack([p.sum() for p in tower]).sum()
         return Losses(total, parts)
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:
