@@ -1,23 +1,32 @@
-"""One of several processes that train the same tiny O1 in many ways: `python -m` this, RANK, SIZE,
-STORE and FOLDER. `CASES` of each SIZE are run in turn; the first process writes what came out."""
+"""One of several processes that train one tiny O1 in many ways: python -m tests.train_processes
+RANK SIZE STORE FOLDER. The first process writes every step's losses to FOLDER/found-SIZE.json."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hidream.models.o1.config import O1_TINY
+from hidream.models.o1.tokens import Tokenizer, encode
+from hidream.train import checkpoint
 from hidream.train.config import Recipe, parse_recipe
 from hidream.train.distributed import World, join, leave
+from hidream.train.layout import Layout
 from hidream.train.learner import learner_of
 from hidream.train.loop import Trainee
 from hidream.train.optim import learning_rate
 from hidream.train.parallel import Processes, checked_layout
+from hidream.train.sequence_parallel import split_sequence
+from hidream.train.tensor_parallel import split_matrices
+from tests import tiny
 
 NUM_STEPS = 20
+HALF = 10
 STAGE = {
     "size": 32,
     "steps": NUM_STEPS,
@@ -29,18 +38,16 @@ STAGE = {
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "ddp": {},
-        "fsdp": {"shard": 0},
         "tp": {"tp": 2},
         "sp": {"sp": 2},
         "fsdp, selective": {"shard": 0, "activation_checkpointing": "selective"},
-        "tp, selective": {"tp": 2, "activation_checkpointing": "selective"},
         "sp, full": {"sp": 2, "activation_checkpointing": "full"},
     },
     4: {
-        "fsdp × tp": {"shard": 2, "tp": 2},
+        "fsdp × tp": {"shard": 2, "tp": 2, "activation_checkpointing": "selective"},
         "hsdp": {"replicate": 2, "shard": 2},
         "fsdp × sp": {"shard": 2, "sp": 2},
-        "sp × tp": {"sp": 2, "tp": 2},
+        "sp × tp": {"sp": 2, "tp": 2, "activation_checkpointing": "full"},
         "ddp × tp": {"tp": 2},
         "sp 4": {"sp": 4},
     },
@@ -93,16 +100,76 @@ def batch_of(trainee: Trainee, *place: int) -> Any:
     return BATCHES[place]
 
 
+def resharded(folder: Path, world: World) -> dict[str, list[dict[str, float]]]:
+    """Half a sharded run, saved in shards while it goes on, and whole; then its other half by what
+    was saved: sharded again in two ways."""
+    recipe = recipe_of(folder / "fsdp", parallel={"shard": 0})
+    trainee = trainee_of(recipe, world)
+    progress = trainee.begin(False)
+    first = steps(trainee, 0, HALF)
+    trainee.save(HALF)
+    whole = checkpoint.contents(trainee.model, trainee.ema, trainee.optimizers)
+    second = steps(trainee, HALF, NUM_STEPS)
+    trainee.saver.wait()
+    if world.main:
+        progress = replace(progress, step=HALF, samples=recipe.first_sample(HALF))
+        checkpoint.write(folder / "whole", progress, whole, keep=1)
+    world.barrier()
+    found = {"fsdp": first + second}
+    for name, source, parallel in (
+        ("fsdp of whole", "whole", {"shard": 0}),
+        ("tp of shards", "fsdp", {"tp": 2}),
+        ("sp of shards", "fsdp", {"sp": 2}),
+    ):
+        start = str(checkpoint.folder_of(folder / source, HALF))
+        other = trainee_of(recipe_of(folder / name, parallel=parallel, start=start), world)
+        other.begin(False)
+        found[name] = steps(other, HALF, NUM_STEPS)
+    return found
+
+
+def drawn(folder: Path, world: World) -> dict[str, float]:
+    """How far one denoising step of two requests, by a model in parts, is from the whole model's;
+    two heads read each key. Tensor parallel keeps half of a prefix's keys in each process."""
+    tokenizer, sigma = Tokenizer(folder / "tokenizer"), torch.tensor(0.7)
+    requests = [
+        encode(tokenizer, O1_TINY, prompt, width=64, height=48, references=tiny.pictures(1))
+        for prompt in ("a red cube", "three blue spheres left of it")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, requests[0].num_target, O1_TINY.patch_dim, generator=generator)
+    whole = tiny.random_o1()
+    expected = whole.velocity(x_t, sigma, whole.prefill(requests))
+    tensor, sequence = (Processes(layout, world) for layout in (Layout(tp=2), Layout(sp=2)))
+    errors = {}
+    for name in ("tp", "sp"):
+        model = tiny.random_o1()
+        decoder = model.model.language_model
+        if name == "tp":
+            split_matrices(decoder, tensor.mesh["tp"])
+        else:
+            assert sequence.sharing_tokens.group is not None
+            split_sequence(decoder, sequence.sharing_tokens.group)
+        prefix = model.prefill(requests)
+        assert prefix.keys[0][0].shape[1] == O1_TINY.text.num_kv_heads // 2
+        found = model.velocity(x_t, sigma, prefix)
+        errors[name] = float((found - expected).abs().max() / expected.abs().max())
+    return errors
+
+
 def main(rank: int, size: int, store: str, folder: Path) -> None:
     torch.set_num_threads(1)
     world = join(rank, size, store)
-    found = {}
+    found: dict[str, Any] = {}
     for name, parallel in CASES[size].items():
         trainee = trainee_of(recipe_of(folder / name, parallel=parallel), world)
         trainee.begin(False)
         found[name] = steps(trainee, 0, NUM_STEPS)
+    if size == 2:
+        found |= resharded(folder, world)
+        found["drawn"] = drawn(folder, world)
     if world.main:
-        (folder / f"losses-{size}.json").write_text(json.dumps(found))
+        (folder / f"found-{size}.json").write_text(json.dumps(found))
     leave(world)
 
 

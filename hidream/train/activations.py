@@ -31,7 +31,7 @@ def recompute(blocks: Sequence[nn.Module], how: str) -> None:
     """Have the blocks compute anew all ("full"), all but matrix products and attention
     ("selective"), or nothing ("none"), with the same bits either way.
 
-    A block must be a function of what it is called with: no random numbers, nothing put aside.
+    A block must be a function of what it is called with, and of its device's random numbers.
     """
     if how == "none":
         return
@@ -49,7 +49,7 @@ def _checkpoint(block: nn.Module, more: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return inner(*arguments, **named)
         run = partial(inner, **named)
-        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **more)
+        return checkpoint(run, *arguments, use_reentrant=False, **more)
 
     block.forward = forward  # type: ignore[method-assign]
 

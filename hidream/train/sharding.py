@@ -6,6 +6,7 @@ of processes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> No
 
     A mesh of two dimensions shards over the second, and averages over the first.
     """
+    # That a result must not be changed in place: none is.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

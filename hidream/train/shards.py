@@ -69,7 +69,8 @@ def read(folder: Path, targets: dict[str, Tensor]) -> None:
     Raises OSError or SafetensorError for files that are broken.
     """
     try:
-        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)))
+        reader = HuggingFaceStorageReader(str(folder))
+        dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise SafetensorError(str(first)) from error
