@@ -335,6 +335,7 @@ def _load_shards(
     may_be_new: str = "",
 ) -> None:
     """Fill modules, by what their tensors' names begin with, and optimizers of the `model`."""
+    model = modules.get("model")
     try:
         found = shards.shapes(folder)
         targets: dict[str, Tensor] = {}
@@ -343,18 +344,26 @@ def _load_shards(
                 own, there = module.state_dict(), shards.below(found, prefix)
                 _check_same(folder, there, own, may_be_new)
                 targets |= {f"{prefix}/{name}": own[name] for name in there}
-        model, states = modules.get("model"), {}
+        states: dict[str, Tensor] = {}
         if optimizers and model is not None:
-            parameters = dict(model.named_parameters())
-            for label, shape in shards.below(found, "optimizer").items():
-                parameter = parameters.get(label.rpartition("/")[0])
-                fits = parameter is not None and shape == parameter.shape
-                states[label] = torch.zeros_like(parameter) if fits else torch.zeros(shape)
+            states = _empty_states(model, shards.below(found, "optimizer"))
         shards.read(folder, targets | {f"optimizer/{n}": t for n, t in states.items()})
     except (OSError, SafetensorError) as error:
         raise _broken(folder, str(error)) from error
     if optimizers and model is not None:
         restore_optimizers(model, optimizers, states, folder)
+
+
+def _empty_states(model: nn.Module, found: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Room for optimizer states of these shapes, in shards where the parameter is."""
+    parameters, states = dict(model.named_parameters()), {}
+    for label, shape in found.items():
+        parameter = parameters.get(label.rpartition("/")[0])
+        if parameter is not None and shape == parameter.shape:
+            states[label] = torch.zeros_like(parameter)
+        else:
+            states[label] = torch.zeros(shape)
+    return states
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -133,7 +133,9 @@ def check_heads(layout: Layout, num_heads: int, num_kv_heads: int, inner_size: i
     """UsageError unless a decoder's heads and its layers of `inner_size` can be divided."""
     for name, size in (("heads", num_heads), ("key heads", num_kv_heads), ("values", inner_size)):
         if size % layout.tp:
-            raise UsageError(f"parallel.tp = {layout.tp} does not divide the model's {size} {name}.")
+            raise UsageError(
+                f"parallel.tp = {layout.tp} does not divide the model's {size} {name}."
+            )
     heads, kv_heads = num_heads // layout.tp, num_kv_heads // layout.tp
     if heads % layout.sp or (kv_heads % layout.sp and layout.sp % kv_heads):
         raise UsageError(

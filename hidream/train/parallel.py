@@ -81,7 +81,9 @@ class Processes:
         layout = self.layout
         shape = (layout.num_readers, layout.sp, layout.tp)
         names = ("reader", "sp", "tp")
-        return self._world_of(init_device_mesh(self._device_type, shape, mesh_dim_names=names)["sp"])
+        return self._world_of(
+            init_device_mesh(self._device_type, shape, mesh_dim_names=names)["sp"]
+        )
 
     @cached_property
     def sharing_matrices(self) -> World:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+
 def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Keep a share of every parameter in each process; `blocks` are gathered one by one.
 

@@ -7,7 +7,9 @@ says where in the whole tensors its parts lie. No process ever holds all of a mo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,13 @@ def write(folder: Path, tensors: dict[str, Tensor], world: World) -> dict[str, s
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=world.group)
+        with _alone():
+            dcp.save(
+                tensors,
+                storage_writer=writer,
+                process_group=world.group,
+                no_dist=world.size == 1,
+            )
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise OSError(str(first)) from error
@@ -70,10 +78,19 @@ def read(folder: Path, targets: dict[str, Tensor]) -> None:
     """
     try:
         reader = HuggingFaceStorageReader(str(folder))
-        dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
+        with _alone():
+            dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise SafetensorError(str(first)) from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that a single process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def digest(file: Path) -> str:

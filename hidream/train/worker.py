@@ -44,7 +44,9 @@ def main() -> int:
     return 0 if finished else INTERRUPTED
 
 
-def run_launched(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> int:
+def run_launched(
+    recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = False
+) -> int:
     """This process's part of a run that torchrun or `accelerate launch` started; see `launch.run`.
 
     The recipe's `processes` are those that were started, here and on other machines, which see one

@@ -21,8 +21,18 @@ from hidream.train.config import load_recipe, parse_recipe
 from hidream.train.distributed import World
 from hidream.train.layout import Layout, Parallel, check_batches, check_heads, layout_of
 from hidream.train.tokenizer import build_tokenizer
+from hidream.world import sprites
 from tests import tiny_i1
-from tests.train_processes import CASES, HALF, NUM_STEPS, batch_of, recipe_of, steps, trainee_of
+from tests.train_processes import (
+    CASES,
+    HALF,
+    NUM_STEPS,
+    batch_of,
+    draw_coarsely,
+    recipe_of,
+    steps,
+    trainee_of,
+)
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 1e-6  # of every loss and gradient norm, in fp32
@@ -36,11 +46,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
+def as_in_the_processes():
+    threads, size = torch.get_num_threads(), sprites.M
     torch.set_num_threads(1)
+    draw_coarsely()
     yield
     torch.set_num_threads(threads)
+    draw_coarsely(size)
 
 
 def started(size, folder):
@@ -90,7 +102,7 @@ def test_two_processes_are_one(pair, name):
     assert_as_one(both[name], alone)
 
 
-@pytest.mark.parametrize("name", ["fsdp of whole", "tp of shards", "sp of shards"])
+@pytest.mark.parametrize("name", ["fsdp of whole", "tp of shards"])
 def test_two_processes_go_on_from_any_checkpoint(pair, name):
     both, alone = pair
     assert_as_one(both[name], alone[HALF:])
@@ -111,6 +123,9 @@ def test_one_process_goes_on_from_the_shards_of_two(pair, folder):
         assert tensors.keys() == found[1][file].keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, found[1][file][name]), name
+    checkpoint.load_ema(sharded, trainee.model)
+    for name, tensor in trainee.model.state_dict().items():
+        assert torch.equal(tensor, found[1]["ema.safetensors"][name]), name
     losses, _ = trained(folder, HALF, start=str(sharded))
     assert_as_one(losses, pair[1][HALF:])
 
@@ -149,7 +164,9 @@ def test_four_processes_are_one(folder, name, request):
 
 
 def flops_and_gradients(folder, how):
-    trainee = trainee_of(recipe_of(folder / how, parallel={"activation_checkpointing": how}), World())
+    trainee = trainee_of(
+        recipe_of(folder / how, parallel={"activation_checkpointing": how}), World()
+    )
     trainee.begin(False)
     with FlopCounterMode(display=False) as counter:
         losses = trainee.backward(batch_of(trainee, 0, 0, 1))
@@ -161,7 +178,7 @@ def test_what_is_computed_anew_has_the_same_bits(folder):
         flops_and_gradients(folder, how) for how in ("none", "selective", "full")
     )
     assert none[0] == selective[0]  # matrix products are kept
-    assert full[0] > 1.2 * none[0]
+    assert full[0] > 1.1 * none[0]
     for other in (selective, full):
         assert other[1] == none[1]
         for ours, plain in zip(other[2], none[2], strict=True):
@@ -199,11 +216,11 @@ def test_the_numbers_come_out_at_the_processes():
     assert layout_of(Parallel(), 4) == Layout(replicate=4)
     assert layout_of(Parallel.named("fsdp"), 4) == Layout(shard=4)
     assert layout_of(Parallel(replicate=0, shard=2), 8) == Layout(replicate=4, shard=2)
-    assert layout_of(Parallel(shard=0, replicate=2, tp=2), 8) == Layout(
-        replicate=2, shard=2, tp=2
-    )
+    assert layout_of(Parallel(shard=0, replicate=2, tp=2), 8) == Layout(replicate=2, shard=2, tp=2)
     assert layout_of(Parallel(sp=2, tp=2), 4) == Layout(sp=2, tp=2)
-    assert [str(layout_of(p, 4)) for p in (Parallel(), Parallel(shard=0), Parallel(sp=2, tp=2))] == [
+    assert [
+        str(layout_of(p, 4)) for p in (Parallel(), Parallel(shard=0), Parallel(sp=2, tp=2))
+    ] == [
         "ddp",
         "fsdp",
         "sp 2 × tp 2",
@@ -257,8 +274,8 @@ def test_a_word_is_short_for_a_table():
     ],
 )
 def test_what_is_wrong_is_named(change, message):
+    changes = ["optimizer.muon=0"] if "tp=4" in change else []
     with pytest.raises(UsageError) as caught:
-        changes = ["optimizer.muon=0"] if "tp=4" in change else []
         load_recipe(ROOT / "recipes" / "o1_nano.toml", [*changes, change])
     assert message in str(caught.value)
 
