@@ -134,6 +134,34 @@ def resharded(folder: Path, world: World) -> dict[str, list[dict[str, float]]]:
     return found
 
 
+def kept(folder: Path, world: World) -> dict[str, int]:
+    """How many tensors differ once weights in shards of shards were written and read again."""
+    parallel = {"shard": 2, "tp": 2}
+    recipe = recipe_of(folder / "kept in shards", parallel=parallel)
+    trainee = trainee_of(recipe, world)
+    progress = trainee.begin(False)
+    steps(trainee, 0, 2)
+    trainee.save(2)
+    before = checkpoint.contents(trainee.model, trainee.ema, trainee.optimizers)
+    trainee.saver.wait()
+    if world.main:
+        progress = replace(progress, step=2, samples=recipe.first_sample(2))
+        checkpoint.write(folder / "kept whole", progress, before, keep=1)
+    world.barrier()
+    different = {}
+    for name in ("kept in shards", "kept whole"):
+        start = str(checkpoint.folder_of(folder / name, 2))
+        other = trainee_of(recipe_of(folder / "kept", parallel=parallel, start=start), world)
+        other.begin(False)
+        after = checkpoint.contents(other.model, other.ema, other.optimizers)
+        different[name] = sum(
+            not torch.equal(tensor, after[file][key])
+            for file, tensors in before.items()
+            for key, tensor in tensors.items()
+        )
+    return different
+
+
 def drawn(folder: Path, world: World) -> dict[str, float]:
     """How far one denoising step of two requests, by a model in parts, is from the whole model's;
     two heads read each key. Tensor parallel keeps half of a prefix's keys in each process."""
@@ -182,6 +210,8 @@ def main(rank: int, size: int, store: str, folder: Path) -> None:
     if size == 2:
         found |= resharded(folder, world)
         found["drawn"] = drawn(folder, world)
+    else:
+        found["kept"] = kept(folder, world)
     if world.main:
         (folder / f"found-{size}.json").write_text(json.dumps(found))
     leave(world)

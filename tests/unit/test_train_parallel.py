@@ -160,6 +160,14 @@ def test_four_processes_are_one(folder, name, request):
     assert_as_one(both[name], alone)
 
 
+@pytest.mark.slow
+def test_weights_divided_twice_are_written_and_read(folder):
+    if not (folder / "found-4.json").exists():
+        found(4, folder, started(4, folder))
+    kept = json.loads((folder / "found-4.json").read_text())["kept"]
+    assert kept == {"kept in shards": 0, "kept whole": 0}
+
+
 # -- activations -----------------------------------------------------------------------------------
 
 
@@ -256,6 +264,7 @@ def test_a_word_is_short_for_a_table():
         recipe = parse_recipe(plain | {"parallel": word})
         assert recipe == parse_recipe(plain | {"parallel": table})
         assert parse_recipe(recipe.to_dict()) == recipe
+    load_recipe(ROOT / "recipes" / "o1_nano.toml", ["optimizer.muon=0", "parallel.shard=2"])
     del plain["parallel"]  # as in a checkpoint of before
     assert parse_recipe(plain).parallel == Parallel()
 
