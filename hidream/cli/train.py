@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 
+from hidream.cli import console
 from hidream.cli.arguments import Parser
 
 EXAMPLES = """\
 hidream train recipes/o1_nano.toml
 hidream train recipes/o1_nano.toml --resume
-hidream train recipes/o1_nano.toml out=runs/try seed=3"""
+hidream train recipes/o1_nano.toml out=runs/try seed=3
+torchrun --nproc-per-node 2 -m hidream train recipes/o1_nano.toml"""
 
 
 def run(argv: list[str]) -> int:
@@ -27,6 +29,8 @@ def run(argv: list[str]) -> int:
     arguments = parser.parse(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
 
-    from hidream.train import run as train
-
+    if console.in_group():
+        from hidream.train.worker import run_launched as train
+    else:
+        from hidream.train import run as train
     return train(arguments.words[0], arguments.words[1:], arguments.resume)

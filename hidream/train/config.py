@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
+from hidream.train.layout import Parallel, check_batches, check_parallel, layout_of
 from hidream.world.tasks import TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-PARALLELS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class Recipe:
     processes: int = 1
     device: str = "cpu"
     precision: str = "bfloat16"
-    parallel: str = "ddp"
+    parallel: Parallel = field(default_factory=Parallel)
     compile: bool = False
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -264,6 +264,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """A checked recipe from plain values; raises UsageError naming the key that is wrong."""
+    if isinstance(data, dict) and isinstance(data.get("parallel"), str):
+        data = data | {"parallel": dataclasses.asdict(Parallel.named(data["parallel"]))}
     recipe = _build(Recipe, data, "")
     _check(recipe)
     return recipe
@@ -350,28 +352,17 @@ def _check(recipe: Recipe) -> None:
         recipe.precision in PRECISIONS,
         f'precision = "{recipe.precision}" must be one of {", ".join(PRECISIONS)}.',
     )
-    require(
-        recipe.parallel in PARALLELS,
-        f'parallel = "{recipe.parallel}" must be one of {", ".join(PARALLELS)}.',
-    )
-    require(
-        recipe.parallel == "ddp" or (recipe.optimizer.muon == 0 and recipe.precision != "float16"),
-        'parallel = "fsdp" goes with optimizer.muon = 0 and any precision but float16.',
+    check_parallel(
+        recipe.parallel, muon=recipe.optimizer.muon > 0, float16=recipe.precision == "float16"
     )
     require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
-    require(
-        recipe.processes == 1 or recipe.device == "cpu",
-        f'processes = {recipe.processes} needs device = "cpu".',
-    )
     named = [(f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)]
     named += [(f"vae.stages.{i}", stage) for i, stage in enumerate(recipe.vae.stages)]
     for where, stage in named:
         require(stage.steps >= 1, f"{where}.steps = {stage.steps} must be at least 1.")
         require(stage.size >= 1, f"{where}.size = {stage.size} must be positive.")
         require(
-            stage.batch_size >= 1 and stage.batch_size % recipe.processes == 0,
-            f"{where}.batch_size = {stage.batch_size} must be a positive multiple of "
-            f"processes = {recipe.processes}.",
+            stage.batch_size >= 1, f"{where}.batch_size = {stage.batch_size} must be at least 1."
         )
         require(stage.learning_rate > 0, f"{where}.learning_rate must be positive.")
         require(
@@ -390,6 +381,9 @@ def _check(recipe: Recipe) -> None:
                 not required or sum(weights.values()) > 0,
                 f"{where}.{table} names nothing with a weight.",
             )
+    if recipe.processes > 1:  # else, the group that starts the run says how many there are
+        layout = layout_of(recipe.parallel, recipe.processes)
+        check_batches(layout, {f"{where}.batch_size": s.batch_size for where, s in named})
 
 
 def _join(where: str, key: str) -> str:

@@ -84,8 +84,16 @@ class Learner(ABC):
         """Write what the network is into the run's folder: the first process does, as it begins."""
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
-        """What `compile` compiles, one by one."""
+        """What is compiled, computed anew and sharded one by one."""
         return ()
+
+    def decoder_sizes(self) -> tuple[int, int, int] | None:
+        """Heads, key heads and inner size of the part that tensor and sequence parallel divide."""
+        return None
+
+    def decoder(self, model: Any) -> Any:
+        """That part of the network: for learners with `decoder_sizes`."""
+        raise NotImplementedError
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """The recipe's, for a forward pass."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from hidream.errors import UsageError
 from hidream.models.o1.config import SIZES, O1Config
+from hidream.models.o1.decoder import Decoder
 from hidream.models.o1.model import O1
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
 from hidream.models.o1.weights import load_o1, save_o1
@@ -31,6 +32,7 @@ from hidream.train.learner import Learner, Losses
 from hidream.train.losses import picture_loss, text_loss
 
 PACKAGE = Path(__file__).parents[1]
+PICTURED = ("edit", "subject", "understanding")  # tasks whose samples have reference pictures
 MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
 
 
@@ -83,10 +85,20 @@ class O1Learner(Learner):
             )
             parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
             total = total + weight * text
+        if batch.task in PICTURED and batch.batch.pixel_values is None:  # all were dropped here
+            tower = model.model.visual.parameters()  # others have gradients there: so must this one
+            total = total + 0 * torch.stack([p.sum() for p in tower]).sum()
         return Losses(total, parts)
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:
         return list(model.model.language_model.layers)  # one block compiles 8 times faster
+
+    def decoder_sizes(self) -> tuple[int, int, int]:
+        text = model_config(self.recipe).text
+        return text.num_heads, text.num_kv_heads, text.intermediate_size
+
+    def decoder(self, model: O1) -> Decoder:
+        return model.model.language_model
 
     def grid(self, model: O1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)

@@ -50,7 +50,7 @@ def test_overrides_reach_into_tables_and_lists():
         ("seed=many", "seed = 'many' is not a int"),
         ("compile=1", "compile = 1 is not a bool"),
         ("processes=0", "must be at least 1"),
-        ("stages.0.batch_size=7", "multiple of processes"),
+        ("stages.0.batch_size=7", "multiple of the 2 processes"),
         ("stages.0.warmup=100000", "must fit into"),
         ("buckets.edit=[8, 4]", "rising"),
         ("precision=float8", "bfloat16"),
