@@ -99,15 +99,15 @@ def figure_maps(
     ys = frame.y - (rows - y * height) / unit
     seen = see(figure(kind).solids, eye, xs, ys)
     alpha = (seen.face > 0).astype(np.float32)
-    lit = _shade(seen, eye, frame.scale * zoom, side * k) * alpha
+    lit = shade_of(seen, eye, frame.scale * zoom, side * k) * alpha
     cover, light = (_reduce(m, k) for m in (alpha, lit))
     shade = light / np.maximum(cover, 1e-3)
-    shadow = _shadow(kind, eye, xs[k // 2 :: k], ys[k // 2 :: k])
+    shadow = shadow_of(kind, eye, xs[k // 2 :: k], ys[k // 2 :: k])
     return _byte(cover), _byte(shade / 2), _byte(shadow)
 
 
-def _shade(seen: Seen, eye: Eye, scale: float, side: int) -> Array:
-    """Light and edges: a shade a ray."""
+def shade_of(seen: Seen, eye: Eye, scale: float, side: int) -> Array:
+    """Light and edges: a shade a ray, `scale` sides of the picture a unit, `side` rays a side."""
     right, _, towards = eye.axes
     level = np.array((towards[0], 0.0, towards[2]))
     level /= np.linalg.norm(level)
@@ -131,8 +131,8 @@ def _near(mask: Array, reach: int) -> Array:
     return np.asarray(image.filter(ImageFilter.BoxBlur(reach))) < 255
 
 
-def _shadow(kind: str, eye: Eye, xs: Array, ys: Array) -> Array:
-    """The shadow on the ground, where the camera is above it."""
+def shadow_of(kind: str, eye: Eye, xs: Array, ys: Array) -> Array:
+    """The shadow on the ground, where the camera is above it: 0 … 1, columns × rows of the plane."""
     right, up, towards = eye.axes
     if towards[1] <= 0:
         return np.zeros((len(ys), len(xs)), np.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class Eye:
     azimuth: float
     elevation: float
 
-    @property
+    @cached_property
     def axes(self) -> tuple[Array, Array, Array]:
         """Right, up, and towards the camera: three unit vectors."""
         a, e = math.radians(self.azimuth), math.radians(self.elevation)
