@@ -8,6 +8,7 @@ all framings, colours and small moves are a few matrix products.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,7 +24,7 @@ from hidream.world.solids import see
 from hidream.world.sprites import INK, PALETTE
 
 COARSE = 32
-RAYS = 128  # across a figure's longer side
+RAYS = 96  # across a figure's longer side
 SHADOW_INK = 16 / 255
 MOVES = tuple((dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1))  # coarse pixels
 NUM_GUESSES = 60
@@ -44,14 +45,23 @@ class Guess:
 
 
 @dataclass(frozen=True)
+class Paint:
+    """c and D of framings, each (n, h·w), and Σ D·c and Σ D² of each (n,)."""
+
+    rest: Array
+    light: Array
+    crossed: Array
+    square: Array
+
+
+@dataclass(frozen=True)
 class Framings:
-    """The framings of one angle: labels (kind, camera, column); g, and c and D for colours and for
-    black, whose shades are its own, each (n, h·w)."""
+    """The framings of one angle: labels (kind, camera, column), g (n, h·w), and how they look in a
+    colour and in black, whose shades are its own."""
 
     labels: tuple[tuple[str, Camera, float], ...]
     ground: Array
-    plain: tuple[Array, Array]
-    black: tuple[Array, Array]
+    paints: tuple[Paint, Paint]
 
 
 @lru_cache(maxsize=16)
@@ -78,7 +88,11 @@ def framings(angle: str, width: int, height: int) -> Framings:
         for maps in (grounds, rests, lights, blacks, covers)
     ]
     g, c, d, c_black, a = stacked
-    return Framings(tuple(labels), g, (c, d), (c_black, a))
+    paints = [
+        Paint(rest, light, (light * rest).sum(1), np.square(light).sum(1))
+        for rest, light in ((c, d), (c_black, a))
+    ]
+    return Framings(tuple(labels), g, (paints[0], paints[1]))
 
 
 class _Eye:
@@ -151,10 +165,10 @@ def _ground_terms(name: str, angle: str, width: int, height: int) -> tuple[Array
     total, square = grounds.sum(-1).T, np.square(grounds).sum(-1).T  # (h·w, moves)
     flat = grounds.transpose(1, 0, 2).reshape(len(total), -1)
     terms = []
-    for c, d in (known.plain, known.black):
-        alone = np.square(known.ground) @ square + 2 * (known.ground * c) @ total
-        crossed = ((known.ground * d) @ flat).reshape(len(c), len(MOVES), 3)
-        terms += [alone + 3 * np.square(c).sum(1)[:, None], crossed]
+    for paint in known.paints:
+        alone = np.square(known.ground) @ square + 2 * (known.ground * paint.rest) @ total
+        crossed = ((known.ground * paint.light) @ flat).reshape(-1, len(MOVES), 3)
+        terms += [alone + 3 * np.square(paint.rest).sum(1)[:, None], crossed]
     return tuple(terms)
 
 
@@ -162,43 +176,41 @@ def rank(picture: Array, backgrounds: tuple[str, ...]) -> list[Guess]:
     """The framings that explain a small picture (h, w, 3) best, each in its best colour."""
     height, width = picture.shape[:2]
     moved = np.stack([_shifted(picture, dx, dy).reshape(-1, 3) for dx, dy in MOVES])
-    energy = np.square(moved).sum((1, 2))
-    palette = np.array([PALETTE[color] for color in COLORS], np.float32) / 255
     guesses: list[Guess] = []
     for angle in ANGLES:
         known = framings(angle, width, height)
-        flat = moved.transpose(1, 0, 2).reshape(height * width, -1)
-        for name in backgrounds:
-            lit = (moved * _moved_grounds(name, angle, width, height)).sum(-1).T
-            on_ground = known.ground @ lit
-            terms = _ground_terms(name, angle, width, height)
-            errors = np.empty((len(known.labels), len(MOVES), len(COLORS)), np.float32)
-            for which, (c, d) in enumerate((known.plain, known.black)):
-                alone, crossed = terms[2 * which : 2 * which + 2]
-                base = energy - 2 * on_ground - 2 * (c @ moved.sum(-1).T) + alone
-                seen = (d @ flat).reshape(len(c), len(MOVES), 3) - crossed
-                seen -= (d * c).sum(1)[:, None, None]
-                weight = np.square(d).sum(1)[:, None]
-                for k, color in enumerate(COLORS):
-                    if (color == "black") == bool(which):
-                        linear = seen @ palette[k]
-                        square = float(palette[k] @ palette[k])
-                        errors[..., k] = base - 2 * linear + square * weight
-            best = errors.reshape(len(errors), -1).argmin(1)
-            for i in np.argsort(errors.reshape(len(errors), -1).min(1))[:NUM_GUESSES]:
+        for name, errors in _errors(moved, known, angle, backgrounds, width, height):
+            flat = errors.reshape(len(errors), -1)
+            best = flat.argmin(1)
+            for i in np.argsort(flat.min(1))[:NUM_GUESSES]:
                 move, k = divmod(int(best[i]), len(COLORS))
-                kind, camera, column = known.labels[i]
-                dx, dy = MOVES[move]
-                guesses.append(
-                    Guess(
-                        kind,
-                        camera,
-                        column,
-                        COLORS[k],
-                        name,
-                        dx / COARSE,
-                        dy / COARSE,
-                        float(errors[i, move, k]),
-                    )
-                )
+                dx, dy = (v / min(width, height) for v in MOVES[move])
+                error = float(errors[i, move, k])
+                guesses.append(Guess(*known.labels[i], COLORS[k], name, dx, dy, error))
     return sorted(guesses, key=lambda g: g.error)
+
+
+def _errors(
+    moved: Array, known: Framings, angle: str, backgrounds: tuple[str, ...], width: int, height: int
+) -> Iterator[tuple[str, Array]]:
+    """For each background, the errors of the framings: (n, moves, colours)."""
+    palette = np.array([PALETTE[color] for color in COLORS], np.float32) / 255
+    flat = moved.transpose(1, 0, 2).reshape(moved.shape[1], -1)
+    total, energy = moved.sum(-1).T, np.square(moved).sum((1, 2))
+    seen = []
+    for paint in known.paints:
+        lit = (paint.light @ flat).reshape(-1, len(MOVES), 3) - paint.crossed[:, None, None]
+        seen.append((energy - 2 * (paint.rest @ total), lit))
+    for name in backgrounds:
+        grounds = _moved_grounds(name, angle, width, height)
+        on_ground = known.ground @ (moved * grounds).sum(-1).T
+        terms = _ground_terms(name, angle, width, height)
+        errors = np.empty((len(known.labels), len(MOVES), len(COLORS)), np.float32)
+        for which, (paint, (apart, lit)) in enumerate(zip(known.paints, seen, strict=True)):
+            alone, crossed = terms[2 * which : 2 * which + 2]
+            base, linear = apart - 2 * on_ground + alone, lit - crossed
+            for k, color in enumerate(COLORS):
+                if (color == "black") == bool(which):
+                    square = float(palette[k] @ palette[k]) * paint.square[:, None]
+                    errors[..., k] = base - 2 * linear @ palette[k] + square
+        yield name, errors

@@ -25,6 +25,7 @@ MIDDLE = 64
 NUM_CLOSE = 5  # explanations looked at in the middle size, and so many more of other kinds
 NUM_OTHERS = 2
 ZOOMS = (0.84, 1.19)  # beyond them begins the next shot scale
+BEHIND = 1.5  # times the best error: a guess settled roughly that is not settled further
 MOST_NOISE = 14 / 255  # standard deviation
 LEAST_EDGES = 0.085  # gradient energy against that of a clean drawing
 MOST_LEFT_OVER = 0.012  # share of the picture that the explanation leaves unexplained
@@ -78,12 +79,12 @@ def find_shot(picture: Image.Image | np.ndarray) -> ShotFinding:
     grounds, offset = _grounds(_shrink(middle, MIDDLE // COARSE))
     pixels, middle = pixels - offset, middle - offset
     guesses = rank(_shrink(middle, MIDDLE // COARSE), grounds)
-    poses = [_settle(guess, middle) for guess in _close(guesses)]
-    poses.sort(key=lambda p: p.error)
+    poses = _settled(_close(guesses), middle)
     best = poses[0]
     canvas, ground = draw_pose(best, columns, rows)
     energy = float(np.square(canvas - ground).sum())
-    share = 1 - float(np.square(pixels - canvas).sum()) / max(energy, 1e-6)
+    error = float(np.square(pixels - canvas).sum()) - noise**2 * pixels.size
+    share = 1 - error / max(energy, 1e-6)
     others = [p for p in poses if p.guess.kind != best.guess.kind]
     purity = min((_purity(middle, best, other) for other in others), default=1.0)
     edges = edges_of(pixels, canvas, ground, noise)
@@ -221,28 +222,46 @@ def _error(pose: Pose, picture: Array) -> float:
     return float(np.square(picture - drawn).sum())
 
 
-def _settle(guess: Guess, picture: Array) -> Pose:
-    """The guess in its best colour, moved and zoomed to fit the picture."""
-    best = Pose(guess, guess.dx, guess.dy)
-    best = replace(best, error=_error(best, picture))
-    if guess.dx or guess.dy:
-        best = _better(best, picture, [replace(best, dx=0.0, dy=0.0)])
-    for step in (2.0, 1.0, 0.5):
-        for _ in range(3):
-            move, zoom = step / MIDDLE, 1 + 0.03 * step
-            tries = [replace(best, dx=best.dx + s * move) for s in (-1, 1)]
-            tries += [replace(best, dy=best.dy + s * move) for s in (-1, 1)]
-            tries += [
-                replace(best, zoom=z)
-                for z in (best.zoom * zoom, best.zoom / zoom)
-                if ZOOMS[0] < z < ZOOMS[1]
-            ]
-            better = _better(best, picture, tries)
-            if better is best:
-                break
-            best = better
-    others = [replace(best, guess=replace(guess, color=c)) for c in COLORS if c != guess.color]
-    return _better(best, picture, others)
+def _settled(guesses: list[Guess], picture: Array) -> list[Pose]:
+    """The guesses moved and zoomed to fit the picture, best first. All are settled roughly; what
+    is then far behind, and not the best of another kind, is left so."""
+    rough = []
+    for guess in guesses:
+        start = Pose(guess, 0.0, 0.0)
+        pose = replace(start, error=_error(start, picture))
+        if guess.dx or guess.dy:
+            pose = _better(pose, picture, [replace(start, dx=guess.dx, dy=guess.dy)])
+        rough.append(_climb(pose, picture, 2.0, 1))
+    rough.sort(key=lambda p: p.error)
+    other = next((p for p in rough if p.guess.kind != rough[0].guess.kind), None)
+    fine = []
+    for pose in rough:
+        if pose is other or pose.error < BEHIND * rough[0].error:
+            pose = _climb(pose, picture, 2.0, 2)
+            for step in (1.0, 0.5):
+                pose = _climb(pose, picture, step, 2)
+            colors = [replace(pose.guess, color=c) for c in COLORS if c != pose.guess.color]
+            pose = _better(pose, picture, [replace(pose, guess=guess) for guess in colors])
+        fine.append(pose)
+    return sorted(fine, key=lambda p: p.error)
+
+
+def _climb(best: Pose, picture: Array, step: float, rounds: int) -> Pose:
+    """The pose after some rounds of moves by `step` pixels of the middle size, and like zooms."""
+    move, zoom = step / MIDDLE, 1 + 0.03 * step
+    for _ in range(rounds):
+        tries = [replace(best, dx=best.dx + s * move) for s in (-1, 1)]
+        tries += [replace(best, dy=best.dy + s * move) for s in (-1, 1)]
+        tries += [
+            replace(best, zoom=z)
+            for z in (best.zoom * zoom, best.zoom / zoom)
+            if ZOOMS[0] < z < ZOOMS[1]
+        ]
+        better = _better(best, picture, tries)
+        if better is best:
+            break
+        best = better
+    return best
 
 
 def _better(best: Pose, picture: Array, tries: list[Pose]) -> Pose:

@@ -78,7 +78,7 @@ def _bounds(kind: str, eye: Eye) -> tuple[float, float, float, float]:
     """The box of a figure in the plane: left, right, low, high."""
     solids = figure(kind).solids
     flat = eye.project(np.concatenate([s.corners for s in solids]))
-    xs, ys = (np.linspace(flat[:, k].min(), flat[:, k].max(), 240) for k in (0, 1))
+    xs, ys = (np.linspace(flat[:, k].min(), flat[:, k].max(), 160) for k in (0, 1))
     there = see(solids, eye, xs, ys[::-1]).face > 0
     columns, rows = np.nonzero(there.any(0))[0], np.nonzero(there[::-1].any(1))[0]
     return float(xs[columns[0]]), float(xs[columns[-1]]), float(ys[rows[0]]), float(ys[rows[-1]])

@@ -90,12 +90,12 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
 
 
 def _shoot(scene: Scene, camera: Camera, width: int, height: int) -> Image.Image:
-    """The picture that a camera takes of the scene's one figure."""
-    (thing,) = scene.objects
+    """The picture that a camera takes of the scene's figure."""
     picture = background(scene.background, width, height, HORIZONS[camera.angle]).copy()
-    sprite, mask, shadow = figure_sprite(thing, camera, width, height)
-    picture.paste((16, 16, 16), (0, 0), shadow)
-    picture.paste(sprite, (0, 0), mask)
+    for thing in scene.objects:
+        sprite, mask, shadow = figure_sprite(thing, camera, width, height)
+        picture.paste((16, 16, 16), (0, 0), shadow)
+        picture.paste(sprite, (0, 0), mask)
     return picture
 
 
