@@ -15,16 +15,25 @@ from functools import lru_cache
 import numpy as np
 
 from hidream.judges.templates import Array
-from hidream.world.figures import FIGURES, figure
-from hidream.world.lens import ANGLES, HORIZONS, SHOTS, VIEWS, eye_of, frame_of, shade_of, shadow_of
+from hidream.world.figures import FIGURES
+from hidream.world.lens import (
+    ANGLES,
+    HORIZONS,
+    SHOTS,
+    VIEWS,
+    eye_of,
+    frame_of,
+    light_of,
+    look_at,
+    shadow_of,
+    with_edges,
+)
 from hidream.world.render import background as draw_background
 from hidream.world.scene import COLORS, Camera
 from hidream.world.shots import place
-from hidream.world.solids import see
 from hidream.world.sprites import INK, PALETTE
 
 COARSE = 32
-RAYS = 96  # across a figure's longer side
 SHADOW_INK = 16 / 255
 MOVES = tuple((dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1))  # coarse pixels
 NUM_GUESSES = 60
@@ -96,30 +105,29 @@ def framings(angle: str, width: int, height: int) -> Framings:
 
 
 class _Eye:
-    """A figure from one place, in `RAYS` rays, to be made small for each shot scale."""
+    """A figure from one place, in few rays, to be made small for each shot scale."""
 
     def __init__(self, kind: str, camera: Camera):
         self.kind, self.eye = kind, eye_of(camera)
-        flat = self.eye.project(np.concatenate([s.corners for s in figure(kind).solids]))
-        low, high = flat.min(0), flat.max(0)
-        self.step = float((high - low).max()) / RAYS
-        self.xs = np.arange(low[0], high[0] + self.step, self.step)
-        self.ys = np.arange(high[1], low[1] - self.step, -self.step)
-        self.seen = see(figure(kind).solids, self.eye, self.xs, self.ys)
-        self.cover = (self.seen.face > 0).astype(np.float32)
+        self.look = look_at(kind, self.eye)
+        self.cover = (self.look.seen.face > 0).astype(np.float32)
+        self.light = light_of(self.look.seen, self.eye)
+        self.step_x, self.step_y = (
+            float(np.ptp(v)) / (len(v) - 1) for v in (self.look.xs, self.look.ys)
+        )
 
     def small(self, camera: Camera, column: float, width: int, height: int) -> tuple[Array, ...]:
         """Coverage, d·a, e·a, black's e·a, and shadow: (height, width) each."""
-        frame, side = frame_of(self.kind, camera), min(width, height)
+        frame, side, look = frame_of(self.kind, camera), min(width, height), self.look
         x, y = place(self.kind, camera, column)
         unit = side * frame.scale
-        shade = shade_of(self.seen, self.eye, frame.scale, round(1 / (frame.scale * self.step)))
+        shade = with_edges(self.light, look.seen, frame.scale, 1 / max(self.step_x, self.step_y))
         d, e, black = _affine(shade)
         # how much of each small pixel each ray fills
-        left = (self.xs - self.step / 2 - frame.x) * unit + x * width
-        top = (frame.y - self.ys - self.step / 2) * unit + y * height
-        across = _overlaps(left, self.step * unit, width)
-        down = _overlaps(top, self.step * unit, height)
+        left = (look.xs - self.step_x / 2 - frame.x) * unit + x * width
+        top = (frame.y - look.ys - self.step_y / 2) * unit + y * height
+        across = _overlaps(left, self.step_x * unit, width)
+        down = _overlaps(top, self.step_y * unit, height)
         maps = [down @ (m * self.cover) @ across.T for m in (1.0, d, e, black)]
         xs = frame.x + (np.arange(width) + 0.5 - x * width) / unit
         ys = frame.y - (np.arange(height) + 0.5 - y * height) / unit

@@ -27,8 +27,8 @@ NUM_OTHERS = 2
 ZOOMS = (0.84, 1.19)  # beyond them begins the next shot scale
 BEHIND = 1.5  # times the best error: a guess settled roughly that is not settled further
 MOST_NOISE = 14 / 255  # standard deviation
-LEAST_EDGES = 0.085  # gradient energy against that of a clean drawing
-MOST_LEFT_OVER = 0.012  # share of the picture that the explanation leaves unexplained
+LEAST_EDGES = 0.18  # gradient energy against that of a clean drawing; blur of 1.2% of the width
+MOST_LEFT_OVER = 0.009  # share of the picture that the explanation leaves unexplained
 LEAST_SHARE = 0.75  # of the figure's contrast that the explanation accounts for
 LEAST_MIX = 0.7  # share of the figure in the mixture with the next best kind
 
@@ -240,8 +240,10 @@ def _settled(guesses: list[Guess], picture: Array) -> list[Pose]:
             pose = _climb(pose, picture, 2.0, 2)
             for step in (1.0, 0.5):
                 pose = _climb(pose, picture, step, 2)
-            colors = [replace(pose.guess, color=c) for c in COLORS if c != pose.guess.color]
-            pose = _better(pose, picture, [replace(pose, guess=guess) for guess in colors])
+            guess = pose.guess
+            others = [replace(guess, color=c) for c in COLORS if c != guess.color]
+            others += [replace(guess, background=b) for b in BACKGROUNDS if b != guess.background]
+            pose = _better(pose, picture, [replace(pose, guess=other) for other in others])
         fine.append(pose)
     return sorted(fine, key=lambda p: p.error)
 

@@ -39,6 +39,7 @@ HORIZONS: dict[str, float] = {"high": 0.08, "low": 0.88, "eye-level": 0.45, "bir
 #: View -> azimuth of the camera in degrees, for turn 1.
 VIEWS: dict[str, float] = {"front": 0.0, "side": 90.0, "back": 180.0, "three-quarter": 40.0}
 
+LOOK = 112  # rays along each side of a whole figure, to find its box
 OVERSAMPLE = 2  # rays a pixel, along each axis
 INNER_SHADE = 0.7  # of an edge inside the figure, times the shade there
 LIGHT = (-0.42, 0.72, 0.56)  # to the right, up and towards the camera's side: upper left, before
@@ -60,28 +61,41 @@ class Frame:
     low: float  # the figure's lowest point in the plane
 
 
+@dataclass(frozen=True)
+class Look:
+    """A whole figure from one place, in `LOOK` rays along each side of its window: what is seen,
+    at which columns `xs` and rows `ys` of the plane, and its box there (left, right, low, high)."""
+
+    seen: Seen
+    xs: Array
+    ys: Array
+    box: tuple[float, float, float, float]
+
+
+@lru_cache(maxsize=256)
+def look_at(kind: str, eye: Eye) -> Look:
+    """A figure as `eye` sees all of it."""
+    solids = figure(kind).solids
+    flat = eye.project(np.concatenate([s.corners for s in solids]))
+    low, high = flat.min(0), flat.max(0)
+    xs, ys = np.linspace(low[0], high[0], LOOK), np.linspace(high[1], low[1], LOOK)
+    seen = see(solids, eye, xs, ys)
+    columns, rows = (np.nonzero((seen.face > 0).any(axis))[0] for axis in (0, 1))
+    box = (xs[columns[0]], xs[columns[-1]], ys[rows[-1]], ys[rows[0]])
+    return Look(seen, xs, ys, (float(box[0]), float(box[1]), float(box[2]), float(box[3])))
+
+
 @lru_cache(maxsize=512)
 def frame_of(kind: str, camera: Camera) -> Frame:
     """The framing of a kind by its camera's shot scale."""
     eye = eye_of(camera)
-    left, right, low, high = _bounds(kind, eye)
+    left, right, low, high = look_at(kind, eye).box
     share, closeness = SHOTS[camera.shot]
     one = figure(kind)
     focus = eye.project(np.array([one.back if camera.view == "back" else one.focus]))[0]
     middle = np.array(((left + right) / 2, (low + high) / 2))
     x, y = middle + closeness * (focus - middle)
     return Frame(float(x), float(y), share / max(right - left, high - low), low)
-
-
-@lru_cache(maxsize=256)
-def _bounds(kind: str, eye: Eye) -> tuple[float, float, float, float]:
-    """The box of a figure in the plane: left, right, low, high."""
-    solids = figure(kind).solids
-    flat = eye.project(np.concatenate([s.corners for s in solids]))
-    xs, ys = (np.linspace(flat[:, k].min(), flat[:, k].max(), 160) for k in (0, 1))
-    there = see(solids, eye, xs, ys[::-1]).face > 0
-    columns, rows = np.nonzero(there.any(0))[0], np.nonzero(there[::-1].any(1))[0]
-    return float(xs[columns[0]]), float(xs[columns[-1]]), float(ys[rows[0]]), float(ys[rows[-1]])
 
 
 @lru_cache(maxsize=2048)
@@ -99,15 +113,15 @@ def figure_maps(
     ys = frame.y - (rows - y * height) / unit
     seen = see(figure(kind).solids, eye, xs, ys)
     alpha = (seen.face > 0).astype(np.float32)
-    lit = shade_of(seen, eye, frame.scale * zoom, side * k) * alpha
+    lit = with_edges(light_of(seen, eye), seen, frame.scale * zoom, unit * k) * alpha
     cover, light = (_reduce(m, k) for m in (alpha, lit))
     shade = light / np.maximum(cover, 1e-3)
     shadow = shadow_of(kind, eye, xs[k // 2 :: k], ys[k // 2 :: k])
     return _byte(cover), _byte(shade / 2), _byte(shadow)
 
 
-def shade_of(seen: Seen, eye: Eye, scale: float, side: int) -> Array:
-    """Light and edges: a shade a ray, `scale` sides of the picture a unit, `side` rays a side."""
+def light_of(seen: Seen, eye: Eye) -> Array:
+    """The shade of each ray, lit."""
     right, _, towards = eye.axes
     level = np.array((towards[0], 0.0, towards[2]))
     level /= np.linalg.norm(level)
@@ -115,13 +129,18 @@ def shade_of(seen: Seen, eye: Eye, scale: float, side: int) -> Array:
     lit = 0.7 + 0.5 * np.clip(seen.normal @ light.astype(np.float32), -0.4, 1)
     plain = seen.shades[seen.face]
     body = np.abs(plain - 0.95) < 0.44  # neither ink nor light
-    shade = np.where(body, plain * lit, plain * (0.9 + 0.1 * lit))
-    reach = float(np.clip(0.03 * scale, 0.011, 0.028)) * side / 2
+    return np.where(body, plain * lit, plain * (0.9 + 0.1 * lit))
+
+
+def with_edges(lit: Array, seen: Seen, scale: float, unit: float) -> Array:
+    """The shade with a rim and inner edges, where `scale` sides of the picture are a unit of the
+    figure, and `unit` rays."""
+    reach = float(np.clip(0.03 * scale, 0.011, 0.028)) * unit / scale / 2
     inner, outer = max(1, round(reach / 2)), max(1, round(reach))
     edges = np.zeros(seen.face.shape, bool)
     edges[:, 1:] |= seen.face[:, 1:] != seen.face[:, :-1]
     edges[1:] |= seen.face[1:] != seen.face[:-1]
-    shade = np.where(_near(edges, inner), shade * INNER_SHADE, shade)
+    shade = np.where(_near(edges, inner), lit * INNER_SHADE, lit)
     return np.where(_near(seen.face == 0, outer), np.minimum(shade, OUTLINE_SHADE), shade)
 
 
