@@ -35,7 +35,7 @@ def _corner(found: Fit, at: View) -> tuple[float, float, float]:
 
 def read_word(signs: tuple[Fit, ...], at: View) -> tuple[str, Fit, float]:
     """The word on a sign, the reading of the sign that fits best, and the least sure letter's
-    correlation. A cell that is no letter is read as "?", an empty one between letters as a space."""
+    correlation. A cell that is no letter is read as "?", an empty one amid letters as a space."""
     best: tuple[float, str, Fit, float] | None = None
     for found in signs:
         word, scores = _read(found, at)

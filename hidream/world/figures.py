@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from hidream.world.solids import Point, Solid, bar, box, cylinder, ellipsoid, prism
 
@@ -147,7 +148,10 @@ def _fish() -> Figure:
         for z, w in ((-0.06, 0.96), (0.1, 0.995))
     ]
     return Figure(
-        (body, tail, fin, *sides, *eyes, mouth, *bands), (0.03, 0.4, 0.25), (0.03, 0.4, -0.3), (0.13, 0.3)
+        (body, tail, fin, *sides, *eyes, mouth, *bands),
+        (0.03, 0.4, 0.25),
+        (0.03, 0.4, -0.3),
+        (0.13, 0.3),
     )
 
 
@@ -157,7 +161,7 @@ def _mug() -> Figure:
     angles = [math.radians(d) for d in range(-80, 81, 20)]
     arc = [(0.0, 0.4 + 0.24 * math.sin(a), -0.33 - 0.22 * math.cos(a)) for a in angles]
     arc = [(0.0, 0.4 - 0.24, -0.28), *arc, (0.0, 0.4 + 0.24, -0.28)]
-    handle = [bar(a, b, 0.1, 0.9) for a, b in zip(arc, arc[1:], strict=False)]
+    handle = [bar(a, b, 0.1, 0.9) for a, b in pairwise(arc)]
     bands = (cylinder((0, 0.08, 0), (0.347, 0.035, 0.347), 1, DIM),)
 
     def on(x: float, y: float, half: Point, shade: float) -> Solid:
@@ -175,7 +179,9 @@ def _mug() -> Figure:
             )
         ),
     )
-    return Figure((body, inside, *handle, *bands, *face), (0.03, 0.46, 0.16), (0.05, 0.5, -0.5), (0.34, 0.34))
+    return Figure(
+        (body, inside, *handle, *bands, *face), (0.03, 0.46, 0.16), (0.05, 0.5, -0.5), (0.34, 0.34)
+    )
 
 
 def _robot() -> Figure:
@@ -228,7 +234,10 @@ def _chair() -> Figure:
     front = _pad(0, 0.8, -0.19, (0.15, 0.12, 0.02), LIGHT)
     back = [_pad(0, y, -0.245, (0.2, 0.025, 0.015), 0.3) for y in (0.7, 0.8, 0.9)]
     return Figure(
-        (seat, cushion, *legs, *posts, rest, *knobs, front, *back), (0.06, 0.72, -0.1), (0.06, 0.8, -0.24), (0.3, 0.3)
+        (seat, cushion, *legs, *posts, rest, *knobs, front, *back),
+        (0.06, 0.72, -0.1),
+        (0.06, 0.8, -0.24),
+        (0.3, 0.3),
     )
 
 
@@ -273,7 +282,10 @@ def _bird() -> Figure:
         0.66,
     )
     return Figure(
-        (body, belly, head, beak, *eyes, *wings, tail, *legs, crest), (0.03, 0.71, 0.2), (0.03, 0.76, 0.05), (0.2, 0.25)
+        (body, belly, head, beak, *eyes, *wings, tail, *legs, crest),
+        (0.03, 0.71, 0.2),
+        (0.03, 0.76, 0.05),
+        (0.2, 0.25),
     )
 
 

@@ -151,7 +151,7 @@ def _near(mask: Array, reach: int) -> Array:
 
 
 def shadow_of(kind: str, eye: Eye, xs: Array, ys: Array) -> Array:
-    """The shadow on the ground, where the camera is above it: 0 … 1, columns × rows of the plane."""
+    """The shadow on the ground, 0 … 1, where the camera is above it."""
     right, up, towards = eye.axes
     if towards[1] <= 0:
         return np.zeros((len(ys), len(xs)), np.float32)

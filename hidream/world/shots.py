@@ -64,7 +64,9 @@ def place(kind: str, camera: Camera, column: float = 0.5) -> tuple[float, float]
     return column, 0.55 if camera.angle == "high" and share < 0.6 else 0.5
 
 
-def shot_scene(kind: str, color: str, background: str, camera: Camera, column: float = 0.5) -> Scene:
+def shot_scene(
+    kind: str, color: str, background: str, camera: Camera, column: float = 0.5
+) -> Scene:
     """A figure as a camera sees it."""
     x, y = place(kind, camera, column)
     thing = Object(kind=kind, color=color, size=SHOTS[camera.shot][0], x=x, y=y)

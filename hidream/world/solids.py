@@ -92,9 +92,7 @@ def prism(low: Point, high: Point, cut: Sequence[tuple[Point, Point]], shade: fl
 def ellipsoid(centre: Point, radii: Point, shade: float = 1.0) -> Solid:
     """A ball, stretched along the axes."""
     m, a = np.array(centre), np.array(radii)
-    return Solid(
-        np.zeros((0, 3)), np.zeros(0), _corners(m - a, m + a), shade, np.diag(1 / a), m
-    )
+    return Solid(np.zeros((0, 3)), np.zeros(0), _corners(m - a, m + a), shade, np.diag(1 / a), m)
 
 
 def cylinder(centre: Point, radii: Point, axis: int, shade: float = 1.0) -> Solid:
@@ -118,7 +116,9 @@ def bar(start: Point, end: Point, width: float, shade: float = 1.0) -> Solid:
     over = np.cross(along, aside)
     normals = np.array([along, -along, aside, -aside, over, -over])
     half = width / 2
-    offsets = np.array([along @ b, -along @ a, *(s * (v @ a) + half for v in (aside, over) for s in (1, -1))])
+    offsets = np.array(
+        [along @ b, -along @ a, *(s * (v @ a) + half for v in (aside, over) for s in (1, -1))]
+    )
     corners = np.array(
         [p + s * half * aside + t * half * over for p in (a, b) for s in (-1, 1) for t in (-1, 1)]
     )
@@ -145,18 +145,20 @@ def see(solids: Sequence[Solid], eye: Eye, xs: Array, ys: Array) -> Seen:
         depth[rows, columns][nearer] = t[nearer]
         face[rows, columns][nearer] = first + which[nearer]
         if solid.quadric is not None:
-            rounds.append((solid, first + num_flat))
+            rounds.append((solid.centre, solid.quadric.T @ solid.quadric, first + num_flat))
     normal = np.concatenate(normals).astype(np.float32)[face]
     right, up, towards = axes
-    for solid, number in rounds:
+    for centre, square, number in rounds:
         i, j = np.nonzero(face == number)
         place = xs[j, None] * right + ys[i, None] * up + depth[i, j, None] * towards
-        outwards = (place - solid.centre) @ solid.quadric.T @ solid.quadric
+        outwards = (place - centre) @ square
         normal[i, j] = outwards / np.maximum(np.linalg.norm(outwards, axis=1, keepdims=True), 1e-9)
     return Seen(face, normal, np.array(shades, np.float32))
 
 
-def _hit(solid: Solid, axes: tuple[Array, Array, Array], xs: Array, ys: Array) -> tuple[Array, Array]:
+def _hit(
+    solid: Solid, axes: tuple[Array, Array, Array], xs: Array, ys: Array
+) -> tuple[Array, Array]:
     """Where rays enter a solid: depth (-FAR: they miss), and the number of its face there."""
     right, up, towards = axes
     x, y = xs.astype(np.float32)[None], ys.astype(np.float32)[:, None]
@@ -181,7 +183,9 @@ def _hit(solid: Solid, axes: tuple[Array, Array, Array], xs: Array, ys: Array) -
     return np.where(enter > leave, enter, np.float32(-FAR)), which
 
 
-def _round(solid: Solid, axes: tuple[Array, Array, Array], x: Array, y: Array) -> tuple[Array, Array]:
+def _round(
+    solid: Solid, axes: tuple[Array, Array, Array], x: Array, y: Array
+) -> tuple[Array, Array]:
     """The interval of a quadric along the rays, nearer end first."""
     S, m = solid.quadric, solid.centre
     assert S is not None

@@ -1,12 +1,15 @@
 """Scenes with a camera: what they draw, what their prompts say, and what the judge sees."""
 
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hidream.camera import CAMERA, with_camera
+from hidream.cli import main
 from hidream.judges.measure import DAMAGES
 from hidream.judges.shots import find_shot
 from hidream.judges.world import judge
@@ -15,6 +18,7 @@ from hidream.train.o1 import O1Learner
 from hidream.world.contact import camera_sheet
 from hidream.world.figures import FIGURES, figure
 from hidream.world.lens import ANGLES, HORIZONS, SHOTS, VIEWS, figure_maps
+from hidream.world.prompts import Group
 from hidream.world.render import render
 from hidream.world.scene import Camera, Dice
 from hidream.world.shots import place, shot_prompt, shot_scene, tellable
@@ -81,7 +85,9 @@ def test_the_nearer_solid_hides_the_other():
 @pytest.mark.parametrize("kind", FIGURES)
 def test_a_closer_shot_shows_a_larger_figure(kind):
     shares = [coverage(kind, shot=shot).mean() for shot in SHOTS]
-    assert all(b > a for a, b in zip(shares[:5], shares[1:6], strict=False)), shares
+    whole = shares[: list(SHOTS).index("medium") + 1]
+    assert all(b > 1.2 * a for a, b in pairwise(whole)), shares
+    assert min(shares[-3:]) > 0.4
     rows, columns = np.nonzero(coverage(kind, shot="full") > 0.5)
     longer = max(np.ptp(rows), np.ptp(columns)) + 1
     assert longer / 64 == pytest.approx(SHOTS["full"][0], abs=0.05)
@@ -125,7 +131,7 @@ def test_the_contact_sheet_is_the_documentation_s():
 def test_prompts_say_what_is_claimed_and_claims_are_true():
     words = {field: dict(values) for field, values in CAMERA.items()}
     as_requested = 0
-    for index in range(300):
+    for index in range(150):
         item = scene(index)
         (claim,), (thing,) = item.claims.objects, item.scene.objects
         assert claim.kind == thing.kind
@@ -142,29 +148,21 @@ def test_prompts_say_what_is_claimed_and_claims_are_true():
             told_of = {field: told.get(field) for field in words}
             assert item.prompt == with_camera(text, **told_of)
             as_requested += 1
-    assert 80 < as_requested < 160
+    assert 40 < as_requested < 85
 
 
 def test_every_value_is_said_in_free_words_too():
     for field, values in CAMERA.items():
         for value, words in values.items():
             told = {field: value}
-            group = sample("text_to_image", 1, 0, category="colors")
-            said = {
-                shot_prompt(Dice(1, i), _group(group.claims.objects[0]), told) for i in range(60)
-            }
+            group = Group(kind="car", color="red")
+            said = {shot_prompt(Dice(1, i), group, told) for i in range(60)}
             assert any(words in text.lower() for text in said), value
             assert any(words not in text.lower() for text in said), value
 
 
-def _group(claim):
-    from hidream.world.prompts import Group
-
-    return Group(kind=claim.kind, color=claim.color)
-
-
 def test_the_judge_is_right_on_true_pictures_and_names_the_camera():
-    for index in range(10):
+    for index in range(6):
         item = scene(index)
         verdict = judge(item.target(128, 128), item)
         assert verdict.right, (item.prompt, verdict.reasons)
@@ -182,18 +180,34 @@ def test_the_judge_is_wrong_on_damaged_pictures(damage):
         if picture is not None:
             assert not judge(picture, scene(index)).right, scene(index).prompt
             seen += 1
-        if seen == 2:
-            return
-    raise AssertionError("too few scenes")
+            break
+    assert seen
 
 
 def test_the_judge_forgives_small_faults():
     generator = np.random.default_rng(0)
-    for index in (2, 5, 8):
+    for index in (2, 5):
         moved = np.roll(scene(index).target(128, 128), 2, axis=1)
         noisy = moved + 4 * generator.standard_normal((128, 128, 3))
         verdict = judge(np.clip(noisy, 0, 255).astype(np.uint8), scene(index))
         assert verdict.right, (scene(index).prompt, verdict.reasons)
+
+
+def test_eval_world_has_shots_and_what_edits_change_outside(monkeypatch, capsys):
+    def grey(requests):
+        return [
+            SimpleNamespace(images=[Image.new("RGB", (128, 128), "grey")], request=request)
+            for request in requests
+        ]
+
+    monkeypatch.setattr("hidream.cli.evaluate.load_pipeline", lambda *_: grey)
+    assert main(["eval", "world", "--scenes", "1", "--categories", "shots", "edits"]) == 0
+    shots, edits = capsys.readouterr().out.splitlines()[1:3]
+    assert shots.split()[:3] == ["shots", "1", "0.000"]
+    assert shots.endswith("–")
+    model, ceiling = edits.removesuffix(" %").split()[-3::2]
+    assert float(model) > 5
+    assert float(ceiling) == 0
 
 
 def test_a_recipe_can_train_on_shots():
