@@ -28,7 +28,8 @@ ZOOMS = (0.84, 1.19)  # beyond them begins the next shot scale
 BEHIND = 1.5  # times the best error: a guess settled roughly that is not settled further
 MOST_NOISE = 14 / 255  # standard deviation
 LEAST_EDGES = 0.18  # gradient energy against that of a clean drawing; blur of 1.2% of the width
-MOST_LEFT_OVER = 0.009  # share of the picture that the explanation leaves unexplained
+LEFT_OVER_REACH = 3  # pixels that an edge may be off
+MOST_LEFT_OVER = 0.007  # share of the picture that the explanation leaves unexplained
 LEAST_SHARE = 0.75  # of the figure's contrast that the explanation accounts for
 LEAST_MIX = 0.7  # share of the figure in the mixture with the next best kind
 
@@ -88,7 +89,7 @@ def find_shot(picture: Image.Image | np.ndarray) -> ShotFinding:
     others = [p for p in poses if p.guess.kind != best.guess.kind]
     purity = min((_purity(middle, best, other) for other in others), default=1.0)
     edges = edges_of(pixels, canvas, ground, noise)
-    left_over = left_over_of(pixels, canvas, 2)
+    left_over = left_over_of(pixels, canvas, LEFT_OVER_REACH)
     return ShotFinding(
         kind=best.guess.kind,
         color=best.guess.color,

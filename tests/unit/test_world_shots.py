@@ -10,6 +10,7 @@ from PIL import Image
 
 from hidream.camera import CAMERA, with_camera
 from hidream.cli import main
+from hidream.cli.evaluate import _outside as outside_column
 from hidream.judges.measure import DAMAGES
 from hidream.judges.shots import find_shot
 from hidream.judges.world import judge
@@ -193,7 +194,7 @@ def test_the_judge_forgives_small_faults():
         assert verdict.right, (scene(index).prompt, verdict.reasons)
 
 
-def test_eval_world_has_shots_and_what_edits_change_outside(monkeypatch, capsys):
+def test_eval_world_has_shots(monkeypatch, capsys):
     def grey(requests):
         return [
             SimpleNamespace(images=[Image.new("RGB", (128, 128), "grey")], request=request)
@@ -201,13 +202,15 @@ def test_eval_world_has_shots_and_what_edits_change_outside(monkeypatch, capsys)
         ]
 
     monkeypatch.setattr("hidream.cli.evaluate.load_pipeline", lambda *_: grey)
-    assert main(["eval", "world", "--scenes", "1", "--categories", "shots", "edits"]) == 0
-    shots, edits = capsys.readouterr().out.splitlines()[1:3]
-    assert shots.split()[:3] == ["shots", "1", "0.000"]
-    assert shots.endswith("–")
-    model, ceiling = edits.removesuffix(" %").split()[-3::2]
-    assert float(model) > 5
-    assert float(ceiling) == 0
+    assert main(["eval", "world", "--scenes", "2", "--categories", "shots"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("shots"))
+    assert row.split()[:3] == ["shots", "2", "0.000"]
+    assert row.endswith("–")
+
+
+def test_the_change_outside_is_a_column():
+    row = {"outside_change": {"model": 0.4219, "ceiling": 0.0, "n": 8}}
+    assert outside_column(row) == "0.42 / 0.00 %"
 
 
 def test_a_recipe_can_train_on_shots():
