@@ -100,20 +100,20 @@ def frame_of(kind: str, camera: Camera) -> Frame:
 
 @lru_cache(maxsize=2048)
 def figure_maps(
-    kind: str, camera: Camera, x: float, y: float, width: int, height: int, zoom: float = 1.0
+    kind: str, camera: Camera, x: float, y: float, width: int, height: int
 ) -> tuple[Array, Array, Array]:
     """Coverage, shade / 2 and shadow of a figure in a whole picture, uint8 (height, width), where
     the point that the camera looks at lies at (x, y)."""
     frame, eye = frame_of(kind, camera), eye_of(camera)
     side, k = min(width, height), OVERSAMPLE
-    unit = side * frame.scale * zoom  # pixels a unit
+    unit = side * frame.scale  # pixels a unit
     columns = (np.arange(width * k) + 0.5) / k
     rows = (np.arange(height * k) + 0.5) / k
     xs = frame.x + (columns - x * width) / unit
     ys = frame.y - (rows - y * height) / unit
     seen = see(figure(kind).solids, eye, xs, ys)
     alpha = (seen.face > 0).astype(np.float32)
-    lit = with_edges(light_of(seen, eye), seen, frame.scale * zoom, unit * k) * alpha
+    lit = with_edges(light_of(seen, eye), seen, frame.scale, unit * k) * alpha
     cover, light = (_reduce(m, k) for m in (alpha, lit))
     shade = light / np.maximum(cover, 1e-3)
     shadow = shadow_of(kind, eye, xs[k // 2 :: k], ys[k // 2 :: k])

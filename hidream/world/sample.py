@@ -32,7 +32,7 @@ class Claims:
     objects: tuple[Claim, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
     background: str = ""
-    camera: Mapping[str, str] = field(default_factory=dict)
+    camera: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,8 +125,10 @@ def test_a_sample_is_drawn_the_same_again_and_at_any_size():
 
 
 def test_the_contact_sheet_is_the_documentation_s():
-    shown = np.asarray(Image.open(ROOT / "docs/images/camera.png"))
-    assert np.array_equal(shown, np.asarray(camera_sheet(80)))
+    shown = np.asarray(Image.open(ROOT / "docs/images/camera.png"), np.int16)
+    drawn = np.asarray(camera_sheet(80), np.int16)
+    assert shown.shape == drawn.shape
+    assert np.abs(shown - drawn).max() <= 2  # another CPU may round otherwise
 
 
 def test_prompts_say_what_is_claimed_and_claims_are_true():
