@@ -194,7 +194,8 @@ def rank(picture: Array, backgrounds: tuple[str, ...]) -> list[Guess]:
                 move, k = divmod(int(best[i]), len(COLORS))
                 dx, dy = (v / min(width, height) for v in MOVES[move])
                 error = float(errors[i, move, k])
-                guesses.append(Guess(*known.labels[i], COLORS[k], name, dx, dy, error))
+                kind, camera, column = known.labels[i]
+                guesses.append(Guess(kind, camera, column, COLORS[k], name, dx, dy, error))
     return sorted(guesses, key=lambda g: g.error)
 
 

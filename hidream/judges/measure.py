@@ -122,7 +122,8 @@ def _seen_otherwise(field: str) -> Damage:
         if camera is None or field not in told:
             return None
         value = dice.pick([v for v in CAMERA[field] if v != told[field]])
-        thing, other = item.scene.objects[0], replace(camera, **{field: value})
+        change: dict[str, Any] = {field: value}
+        thing, other = item.scene.objects[0], replace(camera, **change)
         if not tellable(tuple(told), {name: getattr(other, name) for name in CAMERA}):
             return None
         return render(shot_scene(thing.kind, thing.color, item.scene.background, other), side, side)
