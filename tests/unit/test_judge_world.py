@@ -12,24 +12,26 @@ from hidream.world.scene import BACKGROUNDS, Dice, Scene
 from hidream.world.tasks import CATEGORIES, eval_seed, sample
 
 SEED = 321
+CAMERA_DAMAGES = ("wrong_shot", "wrong_angle", "wrong_view")  # test_world_shots.py has these
+FLAT = [category for category in CATEGORIES if category != "shots"]
 
 
 def scene(category, index, seed=SEED):
     return sample("text_to_image", eval_seed(seed), index, category=category)
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("category", FLAT)
 def test_true_pictures_are_right(category):
     verdicts = [judge(scene(category, i).target(128, 128), scene(category, i)) for i in range(8)]
     assert sum(v.right for v in verdicts) >= 7, [v.reasons for v in verdicts]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in CAMERA_DAMAGES])
 def test_damaged_pictures_are_wrong(damage):
-    """Every scene that this damage applies to, of all categories in turn."""
+    """Every scene that this damage applies to, of the first nine categories in turn."""
     seen = wrong = 0
     for index in range(27):
-        item = scene(CATEGORIES[index % len(CATEGORIES)], index)
+        item = scene(FLAT[index % 9], index)
         picture = DAMAGES[damage](item, Dice(SEED, index), 128)
         if picture is not None:
             seen += 1
