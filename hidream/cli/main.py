@@ -100,8 +100,10 @@ def _run(argv: list[str]) -> int:
 
 
 def _complain(error: HidreamError) -> int:
-    """Two lines, whatever the message holds."""
+    """Two lines, whatever the message holds, and one for each of its details."""
     say("error: " + " ".join(error.problem.split()))
+    for line in error.details:
+        say("       " + " ".join(line.split()))
     if error.remedy:
         say("       " + " ".join(error.remedy.split()))
     return error.exit_code

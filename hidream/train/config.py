@@ -17,6 +17,7 @@ from hidream.world.tasks import TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+LORA_KEYS = ("diffusers", "comfyui")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,41 @@ class HiDiTOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Train a LoRA of `init` instead of its weights; `rank` 0 trains the weights.
+
+    `alpha` over the rank scales the change (0: the rank, so the change itself). `targets`: names of
+    layers, or how they end ("q_proj"); none means those of the family (see docs/lora.md). `keys`:
+    whose names the file has, "diffusers" or "comfyui" (none: those of the family); `dtype`: its
+    numbers'.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    dora: bool = False
+    keys: str = ""
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Pictures to learn from (see docs/datasets.md); without a `path`, the procedural world.
+
+    `kind`: one of `hidream.data.dataset.KINDS`. `world` is the share of a step's samples that come
+    from the world all the same. `flip` shows half of them mirrored, where no caption says left or
+    right. `check` unpacks every picture before the run begins.
+    """
+
+    path: str = ""
+    kind: str = "auto"
+    world: float = 0.0
+    flip: bool = False
+    check: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a run: two runs of one recipe on one machine are bit-identical.
 
@@ -184,6 +220,8 @@ class Recipe:
     buckets: Buckets = field(default_factory=Buckets)
     vae: Autoencoder = field(default_factory=Autoencoder)
     hidit: HiDiTOptions = field(default_factory=HiDiTOptions)
+    lora: Lora = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
     num_tokens: int = 16
     gate_skew: float = 0.0
     log_every: int = 20
@@ -246,6 +284,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the TOML file `path`, with `key=value` overrides (dotted: `stages.0.steps=10`).
 
+    `data=PATH` is short for `data.path=PATH`.
+
     Raises InputError for a file that cannot be read, UsageError for keys or values it does not
     know, naming the nearest key.
     """
@@ -279,6 +319,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    if key == "data" and not isinstance(value, dict):
+        key, value = "data.path", text.strip("\"'")
     *parents, last = key.split(".")
     node: Any = data
     for part in parents:
@@ -354,6 +396,31 @@ def _check(recipe: Recipe) -> None:
     )
     check_parallel(
         recipe.parallel, muon=recipe.optimizer.muon > 0, float16=recipe.precision == "float16"
+    )
+    lora = recipe.lora
+    require(
+        lora.rank >= 0 and lora.alpha >= 0 and 0 <= lora.dropout < 1,
+        "lora.rank and lora.alpha must not be negative, and lora.dropout must lie in 0 … 1.",
+    )
+    require(
+        lora.keys in ("", *LORA_KEYS),
+        f'lora.keys = "{lora.keys}" must be one of {", ".join(LORA_KEYS)}.',
+    )
+    require(
+        lora.dtype in PRECISIONS,
+        f'lora.dtype = "{lora.dtype}" must be one of {", ".join(PRECISIONS)}.',
+    )
+    require(
+        lora.rank == 0 or recipe.parallel == "ddp",
+        'a LoRA is trained with parallel = "ddp": what is frozen is whole in every process.',
+    )
+    require(
+        lora.rank == 0 or bool(recipe.init),
+        "lora.rank needs the model that the LoRA is for: init = FOLDER.",
+    )
+    require(
+        0 <= recipe.data.world < 1,
+        f"data.world = {recipe.data.world} must be at least 0 and less than 1.",
     )
     require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
     named = [(f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)]

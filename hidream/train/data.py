@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,6 +24,7 @@ from hidream.models.o1.tokens import (
     encode_text,
 )
 from hidream.train.config import Recipe, Stage
+from hidream.train.datasets import REDRAW, Pictured, Size, TrainingData
 from hidream.train.draws import (
     Stream,
     draw_noise,
@@ -35,7 +37,7 @@ from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
 MAX_DRAWS = 10_000
-REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reaches
+WHOLE = 8  # the words of a dataset's samples are padded to a multiple of it: shapes stay few
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class TrainBatch:
 
     `picture` is false for tasks of text alone: x0, noise and sigma are then empty.
     `num_labels` counts the positions with a text loss. `redrawn`: samples longer than every bucket
-    that were replaced before the step's first one was found.
+    that were replaced before the step's first one was found; `corrupt`: pictures that could not be
+    read, and were.
     """
 
     task: str
@@ -54,6 +57,7 @@ class TrainBatch:
     sigma: Float[Tensor, " b"]
     num_labels: int
     redrawn: int
+    corrupt: int = 0
 
     @property
     def picture(self) -> bool:
@@ -85,14 +89,22 @@ class Shape:
 
 
 def make_batch(
-    recipe: Recipe, config: O1Config, tokenizer: Tokenizer, step: int, rank: int = 0, world: int = 1
+    recipe: Recipe,
+    config: O1Config,
+    tokenizer: Tokenizer,
+    step: int,
+    rank: int = 0,
+    world: int = 1,
+    data: TrainingData | None = None,
 ) -> TrainBatch:
     """Process `rank`'s samples of `step`: rank, rank + world, … of the step's global batch.
 
     Sample i of the run is the same whatever the number of processes. The first sample of a step
     decides its shape; the others are drawn until they have it, so each is distributed as if it
-    were drawn alone.
+    were drawn alone. With `data`, they come from there, and share a size alone.
     """
+    if data is not None:
+        return _data_batch(recipe, config, tokenizer, data, step, rank, world)
     number, _ = recipe.locate(step)
     stage, task = recipe.stages[number], task_of(recipe, step)
     first = recipe.first_sample(step)
@@ -101,11 +113,58 @@ def make_batch(
     shape = _shape_of(recipe, tokenizer, task, leader)
     assert shape is not None
     samples = [_draw(recipe, tokenizer, stage, task, first + place, shape)[0] for place in places]
+    size = (stage.size, stage.size)
     encoded = [
-        encode_sample(recipe, config, tokenizer, stage, sample, first + place)
+        encode_sample(recipe, config, tokenizer, size, sample, first + place)
         for sample, place in zip(samples, places, strict=True)
     ]
-    num_text, num_references = padded_lengths(config, tokenizer, stage.size, task, shape)
+    lengths = padded_lengths(config, tokenizer, stage.size, task, shape)
+    made = _together(recipe, config, task, size, samples, encoded, lengths, step, rank, world)
+    return replace(made, redrawn=redrawn)
+
+
+def _data_batch(
+    recipe: Recipe,
+    config: O1Config,
+    tokenizer: Tokenizer,
+    data: TrainingData,
+    step: int,
+    rank: int,
+    world: int,
+) -> TrainBatch:
+    """As `make_batch`, of samples that differ in the lengths of words and references."""
+    drawn, first = data.draw(step, rank, world), recipe.first_sample(step)
+    encoded = [
+        encode_sample(recipe, config, tokenizer, drawn.size, sample, first + rank + i * world)
+        for i, sample in enumerate(drawn.samples)
+    ]
+    num_text = max(len(tokens.input_ids) for tokens, _ in encoded)
+    num_references = max(len(tokens.references) for tokens, _ in encoded)
+    lengths = (-(-num_text // WHOLE) * WHOLE, num_references)
+    made = _together(
+        *(recipe, config, drawn.task, drawn.size, drawn.samples, encoded, lengths),
+        *(step, rank, world),
+    )
+    return replace(made, corrupt=drawn.corrupt)
+
+
+def _together(
+    recipe: Recipe,
+    config: O1Config,
+    task: str,
+    size: Size,
+    samples: Sequence[Sample | Pictured],
+    encoded: Sequence[tuple[Tokens, slice]],
+    lengths: tuple[int, int],
+    step: int,
+    rank: int,
+    world: int,
+) -> TrainBatch:
+    """Encoded samples of one size as a batch, padded to `lengths` (text, reference patches), with
+    pictures, noise and noise levels."""
+    number, _ = recipe.locate(step)
+    batch_size, first = recipe.stages[number].batch_size, recipe.first_sample(step)
+    num_text, num_references = lengths
     batch = collate(
         [tokens for tokens, _ in encoded],
         num_text=num_text,
@@ -116,12 +175,15 @@ def make_batch(
         x0 = noise = torch.zeros(len(samples), 0, config.patch_dim)
         sigma = torch.zeros(len(samples))
     else:
-        pictures = [Image.fromarray(s.target(stage.size, stage.size)) for s in samples]
+        pictures = [Image.fromarray(s.target(*size)) for s in samples]
         x0 = patchify(torch.stack([to_tensor(p) for p in pictures]), config.patch_size)
         noise = torch.stack(
-            [draw_noise(recipe.seed, first + i, tuple(x0.shape[1:])) for i in places]
+            [
+                draw_noise(recipe.seed, first + i, tuple(x0.shape[1:]))
+                for i in range(rank, batch_size, world)
+            ]
         )
-        sigma = noise_levels(recipe, stage.batch_size, step)[rank::world]
+        sigma = noise_levels(recipe, batch_size, step)[rank::world]
     return TrainBatch(
         task=task,
         batch=batch,
@@ -129,7 +191,7 @@ def make_batch(
         noise=noise,
         sigma=sigma,
         num_labels=int((batch.labels != IGNORE).sum()),
-        redrawn=redrawn,
+        redrawn=0,
     )
 
 
@@ -142,17 +204,17 @@ def padded_lengths(
     if task in TEXT_TASKS:
         tokens = encode_text(tokenizer, config, "", blank, [tokenizer.special["<|im_end|>"]])
     else:
-        prepared = _prepare(config, size, blank)
+        prepared = _prepare(config, (size, size), blank)
         tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
     return len(tokens.input_ids) + shape.longest, len(tokens.references)
 
 
-def _prepare(config: O1Config, size: int, pictures: list[Image.Image]) -> list[Image.Image]:
+def _prepare(config: O1Config, size: Size, pictures: list[Image.Image]) -> list[Image.Image]:
     return prepare_references(
         pictures,
         (),
-        width=size,
-        height=size,
+        width=size[0],
+        height=size[1],
         patch_size=config.patch_size,
         budgets=config.budgets,
     )
@@ -209,12 +271,12 @@ def encode_sample(
     recipe: Recipe,
     config: O1Config,
     tokenizer: Tokenizer,
-    stage: Stage,
-    sample: Sample,
+    size: Size,
+    sample: Sample | Pictured,
     index: int,
 ) -> tuple[Tokens, slice]:
     """A sample's tokens and the stretch of its text that carries a loss: caption or answer."""
-    pictures = [Image.fromarray(p) for p in sample.reference_pictures(stage.size, stage.size)]
+    pictures = [Image.fromarray(p) for p in sample.reference_pictures(*size)]
     if sample.task in TEXT_TASKS:
         answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
         tokens = encode_text(tokenizer, config, sample.prompt, pictures, answer)
@@ -230,9 +292,9 @@ def encode_sample(
         tokenizer,
         config,
         prompt,
-        _prepare(config, stage.size, pictures),
-        width=stage.size,
-        height=stage.size,
+        _prepare(config, size, pictures),
+        width=size[0],
+        height=size[1],
     )
     dropped = prompt is UNCONDITIONAL_PROMPT or not objective.caption_weight
     end = tokens.caption.stop

@@ -25,6 +25,9 @@ class Stream(IntEnum):
     CATEGORY = 4
     PIXELS = 5
     ORDER = 6
+    ADAPTERS = 7
+    SOURCE = 8
+    FLIP = 9
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:

@@ -41,6 +41,8 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = F
             f'processes = {recipe.processes} needs device = "cpu".',
             "On GPUs, start them with torchrun: torchrun --nproc-per-node N -m hidream train ...",
         )
+    if recipe.data.path:
+        check_data(recipe)
     layout = layout_of(recipe.parallel, recipe.processes)
     if max(layout.sp, layout.tp) > 1:
         from hidream.train.learner import learner_of
@@ -76,6 +78,18 @@ def write_recipe(recipe: Recipe) -> None:
     """Note the recipe in the run's folder."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     (recipe.run_dir / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1))
+
+
+def check_data(recipe: Recipe) -> None:
+    """Say what the recipe's dataset is; InputError with all that is wrong with it."""
+    from hidream.train.learner import class_of
+
+    data = class_of(recipe).open_data(recipe)
+    if data is not None:
+        if recipe.data.check:
+            data.unpack_all()
+        for line in (data.summary, *data.dataset.notes):
+            logger.info("%s", line)
 
 
 def worker_command(recipe: Recipe, rank: int, store: Path, resume: bool) -> list[str]:

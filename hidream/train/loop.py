@@ -116,9 +116,10 @@ def train(
     finally:
         batches.close()
     trainee.saver.wait()
-    trainee.with_averages(lambda model: learner.export(model, recipe.run_dir / "model"))
+    result = recipe.run_dir / learner.result
+    trainee.with_averages(lambda model: learner.export(model, result))
     if log is not None:
-        log.write({"step": recipe.num_steps, "message": f"done: {recipe.run_dir / 'model'}"})
+        log.write({"step": recipe.num_steps, "message": f"done: {result}"})
     world.barrier()
     return True
 
@@ -180,7 +181,7 @@ class Trainee:
 
     def backward(self, batch: StepBatch) -> dict[str, Any]:
         """The gradient of a batch, clipped; returns the losses and what else is logged."""
-        labels = self.world.start_sum(batch.num_labels)
+        labels, corrupt = (self.world.start_sum(n) for n in (batch.num_labels, batch.corrupt))
         self.model.zero_grad(set_to_none=True)
         losses = self.learner.losses(self.model, batch.to(self.device), labels)
         self.scaler.scale(losses.total).backward()
@@ -189,7 +190,8 @@ class Trainee:
             self.scaler.unscale_(optimizer)
         shares = self.world if self.sharded else None
         norm = clip_gradients(self.parameters, self.recipe.optimizer.clip, shares)
-        return {**losses.parts, "grad_norm": norm, "redrawn": batch.redrawn}
+        counts = {"redrawn": batch.redrawn, "corrupt": corrupt.wait()}
+        return {**losses.parts, "grad_norm": norm, **counts}
 
     def update(self, step: int, rate: float) -> None:
         """Weights and averages after step `step`."""
