@@ -411,8 +411,8 @@ def _check(recipe: Recipe) -> None:
         f'lora.dtype = "{lora.dtype}" must be one of {", ".join(PRECISIONS)}.',
     )
     require(
-        lora.rank == 0 or recipe.parallel == "ddp",
-        'a LoRA is trained with parallel = "ddp": what is frozen is whole in every process.',
+        lora.rank == 0 or not (recipe.parallel.shards_weights or recipe.parallel.sp > 1),
+        "a LoRA is trained with [parallel] replicate alone: what is frozen is whole everywhere.",
     )
     require(
         lora.rank == 0 or bool(recipe.init),

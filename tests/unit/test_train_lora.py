@@ -168,7 +168,7 @@ def test_what_a_lora_needs(tiny_folder):
     plain = recipe_of(tiny_folder).to_dict()
     for change, problem in (
         ({"init": ""}, r"lora\.rank needs the model"),
-        ({"parallel": "fsdp"}, 'parallel = "ddp"'),
+        ({"parallel": {"shard": 2}}, "replicate alone"),
         ({"data": {"world": 1.0}}, r"data\.world = 1\.0 must be at least 0"),
     ):
         with pytest.raises(UsageError, match=problem):
