@@ -170,39 +170,41 @@ def write_picture(
     unpacked = quick and kind == "PNG" and small and "icc_profile" not in options
     if metadata is not None:
         options |= save_options(kind, metadata)
-    image = image.copy()
-    image.info = {}
     if not overwrite and os.path.exists(path):
         raise _exists(path)
-    temporary = path.with_name(f".hidream-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(path.parent, f".hidream-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             if unpacked:
-                file.writelines(_unpacked(image, options.get("pnginfo")))
+                file.write(_unpacked(image, options.get("pnginfo")))
             else:
+                image = image.copy()
+                image.info = {}
                 image.save(file, kind, **options)
             file.flush()
             if not quick:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise
 
 
-def _unpacked(image: Image.Image, texts: PngInfo | None) -> Iterator[bytes]:
+def _unpacked(image: Image.Image, texts: PngInfo | None) -> bytes:
     """An RGB picture as a PNG of raw rows. Pillow tries all filters on them even at level 0."""
     rows = np.zeros((image.height, 1 + 3 * image.width), np.uint8)  # 0 before each: no filter
     rows[:, 1:] = np.asarray(image).reshape(image.height, -1)
     chunks = [(b"IHDR", struct.pack(">II5B", *image.size, 8, 2, 0, 0, 0))]
     chunks += [chunk[:2] for chunk in texts.chunks] if texts else []
     chunks += [(b"IDAT", zlib.compress(rows.data, 0)), (b"IEND", b"")]
-    yield b"\x89PNG\r\n\x1a\n"
+    parts = [b"\x89PNG\r\n\x1a\n"]
     for name, data in chunks:
-        yield struct.pack(">I", len(data)) + name
-        yield data
-        yield struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
+        sum32 = zlib.crc32(data, zlib.crc32(name))
+        parts += [struct.pack(">I", len(data)), name, data, struct.pack(">I", sum32)]
+    return b"".join(parts)
 
 
 def plan_outputs(

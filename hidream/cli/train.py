@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 
+from hidream.cli import console
 from hidream.cli.arguments import Parser
 
 EXAMPLES = """\
 hidream train recipes/o1_nano.toml
 hidream train recipes/o1_nano.toml --resume
 hidream train recipes/o1_8b_pretrain.toml --dry-run
-hidream train recipes/o1_nano.toml out=runs/try seed=3"""
+hidream train recipes/o1_nano.toml out=runs/try seed=3
+torchrun --nproc-per-node 2 -m hidream train recipes/o1_nano.toml"""
 
 
 def run(argv: list[str]) -> int:
@@ -37,6 +39,8 @@ def run(argv: list[str]) -> int:
 
         sys.stdout.write(plan(load_recipe(arguments.words[0], arguments.words[1:])).told + "\n")
         return 0
-    from hidream.train import run as train
-
+    if console.in_group():
+        from hidream.train.worker import run_launched as train
+    else:
+        from hidream.train import run as train
     return train(arguments.words[0], arguments.words[1:], arguments.resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,6 +24,7 @@ from hidream.models.o1.tokens import (
     encode_text,
 )
 from hidream.train.config import Recipe, Stage
+from hidream.train.datasets import Pictured, Size, TrainingData
 from hidream.train.draws import (
     MAX_DRAWS,
     REDRAW,
@@ -38,7 +40,7 @@ from hidream.train.objective import Objective
 from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
-Size = tuple[int, int]  # width and height
+WHOLE = 8  # the words of a dataset's samples are padded to a multiple of it: shapes stay few
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class TrainBatch:
     `picture` is false for tasks of text alone: x0 and noise are then empty. `levels` are the
     sigmas of all processes' samples, `places` where in its picture LPIPS looks.
     `num_labels` counts the positions with a text loss. `redrawn`: samples longer than every bucket
-    that were replaced before the step's first one was found.
+    that were replaced before the step's first one was found; `corrupt`: pictures that could not be
+    read, and were.
     """
 
     task: str
@@ -63,6 +66,7 @@ class TrainBatch:
     num_labels: int
     redrawn: int
     sparsity: float = 0.0
+    corrupt: int = 0
 
     @property
     def picture(self) -> bool:
@@ -96,15 +100,23 @@ class Shape:
 
 
 def make_batch(
-    recipe: Recipe, config: O1Config, tokenizer: Tokenizer, step: int, rank: int = 0, world: int = 1
+    recipe: Recipe,
+    config: O1Config,
+    tokenizer: Tokenizer,
+    step: int,
+    rank: int = 0,
+    world: int = 1,
+    data: TrainingData | None = None,
 ) -> TrainBatch:
     """Process `rank`'s samples of `step`: rank, rank + world, … of the step's global batch.
 
     Sample i of the run is the same whatever the number of processes. The first sample of a step
     decides its shape; the others are drawn until they have it, so each is distributed as if it
-    were drawn alone.
+    were drawn alone. With `data`, they come from there, and share a size alone.
     """
     recipe, (number, _) = recipe.at(step), recipe.locate(step)
+    if data is not None:
+        return _data_batch(recipe, config, tokenizer, data, step, rank, world)
     stage, task = recipe.stages[number], task_of(recipe, step)
     first = recipe.first_sample(step)
     places = range(rank, stage.batch_size, world)
@@ -117,7 +129,54 @@ def make_batch(
         encode_sample(recipe, config, tokenizer, size, sample, first + place)
         for sample, place in zip(samples, places, strict=True)
     ]
-    num_text, num_references = padded_lengths(config, tokenizer, stage.size, task, shape)
+    lengths = padded_lengths(config, tokenizer, stage.size, task, shape)
+    made = _together(recipe, config, task, size, samples, encoded, lengths, step, rank, world)
+    return replace(made, redrawn=redrawn)
+
+
+def _data_batch(
+    recipe: Recipe,
+    config: O1Config,
+    tokenizer: Tokenizer,
+    data: TrainingData,
+    step: int,
+    rank: int,
+    world: int,
+) -> TrainBatch:
+    """As `make_batch`, of samples that differ in the lengths of words and references."""
+    drawn, first = data.draw(step, rank, world), recipe.first_sample(step)
+    encoded = [
+        encode_sample(recipe, config, tokenizer, drawn.size, sample, first + rank + i * world)
+        for i, sample in enumerate(drawn.samples)
+    ]
+    num_text = max(len(tokens.input_ids) for tokens, _ in encoded)
+    num_references = max(len(tokens.references) for tokens, _ in encoded)
+    lengths = (-(-num_text // WHOLE) * WHOLE, num_references)
+    made = _together(
+        *(recipe, config, drawn.task, drawn.size, drawn.samples, encoded, lengths),
+        *(step, rank, world),
+    )
+    return replace(made, corrupt=drawn.corrupt)
+
+
+def _together(
+    recipe: Recipe,
+    config: O1Config,
+    task: str,
+    size: Size,
+    samples: Sequence[Sample | Pictured],
+    encoded: Sequence[tuple[Tokens, slice]],
+    lengths: tuple[int, int],
+    step: int,
+    rank: int,
+    world: int,
+) -> TrainBatch:
+    """Encoded samples of one size as a batch, padded to `lengths` (text, reference patches), with
+    pictures, noise and noise levels."""
+    number, _ = recipe.locate(step)
+    batch_size, first = recipe.stages[number].batch_size, recipe.first_sample(step)
+    places = range(rank, batch_size, world)
+    num_text, num_references = lengths
     batch = collate(
         [tokens for tokens, _ in encoded],
         num_text=num_text,
@@ -126,14 +185,14 @@ def make_batch(
     )
     if task in TEXT_TASKS:
         x0 = noise = torch.zeros(len(samples), 0, config.patch_dim)
-        levels = torch.zeros(stage.batch_size)
+        levels = torch.zeros(batch_size)
     else:
-        pictures = [Image.fromarray(s.target(stage.size, stage.size)) for s in samples]
+        pictures = [Image.fromarray(s.target(*size)) for s in samples]
         x0 = patchify(torch.stack([to_tensor(p) for p in pictures]), config.patch_size)
         noise = torch.stack(
             [draw_noise(recipe.seed, first + i, tuple(x0.shape[1:])) for i in places]
         )
-        levels = noise_levels(recipe, stage.batch_size, step, x0.shape[1])
+        levels = noise_levels(recipe, batch_size, step, x0.shape[1])
     return TrainBatch(
         task=task,
         objective=recipe.objective,
@@ -145,8 +204,8 @@ def make_batch(
         places=torch.stack([draw_place(recipe.seed, first + place) for place in places]),
         grid=encoded[0][0].grid,
         num_labels=int((batch.labels != IGNORE).sum()),
-        redrawn=redrawn,
-        sparsity=stage.sparsity,
+        redrawn=0,
+        sparsity=recipe.stages[number].sparsity,
     )
 
 
@@ -229,7 +288,7 @@ def encode_sample(
     config: O1Config,
     tokenizer: Tokenizer,
     size: Size,
-    sample: Sample,
+    sample: Sample | Pictured,
     index: int,
 ) -> tuple[Tokens, slice]:
     """A sample's tokens and the stretch of its text that carries a loss: caption or answer."""

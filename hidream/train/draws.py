@@ -31,7 +31,10 @@ class Stream(IntEnum):
     CATEGORY = 4
     PIXELS = 5
     ORDER = 6
-    CROP = 9
+    ADAPTERS = 7
+    SOURCE = 8
+    FLIP = 9
+    CROP = 10
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:

@@ -13,8 +13,11 @@ from PIL import Image
 from torch import nn
 
 from hidream.errors import UsageError
+from hidream.folder import open_folder
 from hidream.limits import SPARSE_BLOCK, skipped_blocks
+from hidream.lora_file import linear_layers
 from hidream.models.o1.config import SIZES, O1Config
+from hidream.models.o1.decoder import Decoder
 from hidream.models.o1.model import O1
 from hidream.models.o1.patches import unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
@@ -27,6 +30,7 @@ from hidream.request import GenerateRequest
 from hidream.sampling import add_noise
 from hidream.train.config import Recipe
 from hidream.train.data import TrainBatch, make_batch
+from hidream.train.datasets import TrainingData
 from hidream.train.distributed import PendingSum, World
 from hidream.train.export import put_in_place
 from hidream.train.grids import PROMPTS, montage
@@ -35,15 +39,23 @@ from hidream.train.losses import picture_loss, text_loss
 from hidream.train.perceptual import PerceptualLosses
 
 PACKAGE = Path(__file__).parents[1]
+PICTURED = ("edit", "subject", "understanding")  # tasks whose samples have reference pictures
 MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
 
 
 class O1Learner(Learner):
-    """O1 on all tasks of the world."""
+    """O1 on all tasks of the world, or on a dataset."""
+
+    lora_targets = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    )
+    lora_keys = "comfyui"
 
     def __init__(self, recipe: Recipe, world: World | None = None):
         super().__init__(recipe, world)
         self.tokenizer = Tokenizer(tokenizer_folder(recipe))
+        self.data = self.open_data(recipe)
         self.config: O1Config | None = None  # known once a model was built
         stages = range(len(recipe.stages))
         wanted = any(recipe.objective_of(number).perceptual for number in stages)
@@ -52,7 +64,7 @@ class O1Learner(Learner):
     def build(self) -> O1:
         recipe = self.recipe
         if recipe.init:
-            model, _ = load_o1(recipe.init, attention_backend=_backend(recipe))
+            model, _ = load_o1(_found(recipe.init), attention_backend=_backend(recipe))
             model.requires_grad_(True).train()
         else:
             model = O1(model_config(recipe), _backend(recipe))
@@ -64,7 +76,27 @@ class O1Learner(Learner):
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> TrainBatch:
         config = self.config or model_config(self.recipe)
-        return make_batch(self.recipe, config, self.tokenizer, step, rank, world)
+        return make_batch(self.recipe, config, self.tokenizer, step, rank, world, self.data)
+
+    @classmethod
+    def open_data(cls, recipe: Recipe) -> TrainingData | None:
+        if not recipe.data.path:
+            return None
+        tokenizer = Tokenizer(tokenizer_folder(recipe))
+
+        def fits(task: str, caption: str) -> str:
+            most, there = max(recipe.buckets.of(task)), len(tokenizer.encode(caption))
+            return f"its caption has {there} tokens; buckets.{task} take {most}" * (there > most)
+
+        return TrainingData(recipe, model_config(recipe).patch_size, fits)
+
+    def lora_layers(self) -> list[str]:
+        tensors = open_folder(_found(self.recipe.init)).tensors
+        return list(linear_layers({name: info.shape for name, info in tensors.items()}))
+
+    def describe(self) -> None:
+        if self.data is not None:
+            self.data.describe()
 
     def losses(self, model: O1, batch: TrainBatch, labels: PendingSum) -> Losses:
         """The picture loss weighs 1; text weighs `lm_weight` where the task is text and
@@ -97,6 +129,9 @@ class O1Learner(Learner):
             )
             parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
             total = total + weight * text
+        if batch.task in PICTURED and batch.batch.pixel_values is None:  # all were dropped here
+            tower = model.model.visual.parameters()  # others have gradients there: so must this one
+            total = total + 0 * torch.stack([p.sum() for p in tower]).sum()
         return Losses(total, parts)
 
     def _perceptual(
@@ -117,13 +152,24 @@ class O1Learner(Learner):
     def blocks(self, model: O1) -> Sequence[nn.Module]:
         return list(model.model.language_model.layers)  # one block compiles 8 times faster
 
+    def decoder_sizes(self) -> tuple[int, int, int]:
+        text = model_config(self.recipe).text
+        return text.num_heads, text.num_kv_heads, text.intermediate_size
+
+    def decoder(self, model: O1) -> Decoder:
+        return model.model.language_model
+
     def grid(self, model: O1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)
         stage = self.recipe.stages[number]
+        prompts: tuple[str, ...] = PROMPTS
+        if self.data is not None:
+            own = [item.caption for item in self.data.first("text_to_image", len(PROMPTS) // 2)]
+            prompts = (*own, *PROMPTS)[: len(PROMPTS)]
         pictures = sample_pictures(
             model,
             self.tokenizer,
-            PROMPTS,
+            prompts,
             size=stage.size,
             noise_scale=self.recipe.objective_of(number).noise_scale,
             sparsity=stage.sparsity,
@@ -149,8 +195,11 @@ def model_config(recipe: Recipe) -> O1Config:
 
 def tokenizer_folder(recipe: Recipe) -> Path:
     """`tokenizer` of the recipe: a folder, `init` when empty; relative to here or the package."""
-    path = Path(recipe.tokenizer or recipe.init)
-    inside = PACKAGE.parent / path
+    return _found(recipe.tokenizer or recipe.init)
+
+
+def _found(folder: str) -> Path:
+    path, inside = Path(folder), PACKAGE.parent / folder
     return inside if not path.exists() and inside.exists() else path
 
 

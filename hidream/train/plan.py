@@ -10,6 +10,7 @@ from torch import nn
 
 from hidream.errors import UsageError
 from hidream.train.config import Recipe, Stage
+from hidream.train.layout import Layout, layout_of
 from hidream.train.optim import split_parameters
 
 FP32 = 4  # bytes: weights, gradients, averages and optimizer states are kept in it
@@ -35,13 +36,14 @@ class StagePlan:
 class Plan:
     """Stages, the model's values, and the bytes that one process keeps between steps.
 
-    Activations, a batch and frozen networks (text encoders, perceptual losses) come on top.
+    Activations, a batch and frozen networks (text encoders, perceptual losses) come on top. What
+    processes share by `parallel.tp` is counted as if each had it whole.
     """
 
     name: str
     model: str
     processes: int
-    sharded: bool
+    layout: Layout
     num_values: int
     stages: tuple[StagePlan, ...]
     weights: int
@@ -61,8 +63,8 @@ class Plan:
         steps = sum(stage.steps for stage in self.stages)
         samples = sum(stage.samples for stage in self.stages)
         lines.append(f"in all: {steps:,} steps, {samples:,} samples")
-        how = "sharded over" if self.sharded else "whole in each of"
-        lines.append(f"{how} {self.processes} process{'es' * (self.processes > 1)}; one keeps")
+        how = f" ({self.layout})" if self.processes > 1 else ""
+        lines.append(f"{self.processes} process{'es' * bool(how)}{how}; one keeps")
         kept = [
             (name, getattr(self, name)) for name in ("weights", "gradients", "optimizer", "ema")
         ]
@@ -76,23 +78,25 @@ def plan(recipe: Recipe) -> Plan:
 
     The run before it, of an autoencoder, is not in it.
     """
+    if recipe.lora.rank:
+        raise UsageError("there is no plan for a LoRA.", "--dry-run knows whole networks.")
+    layout = layout_of(recipe.parallel, recipe.processes)
     model, num_tokens = _family(recipe)
     inner, decayed, kept = (
         sum(parameter.numel() for parameter in group)
         for group in split_parameters(model, recipe.optimizer)
     )
-    sharded = recipe.parallel == "fsdp" and recipe.processes > 1
     num_values = sum(parameter.numel() for parameter in model.parameters())
     trained = inner + decayed + kept
     states = STATES[0] * (decayed + kept) + STATES[1] * inner
     weights, gradients, optimizer = (
-        -(-FP32 * n // (recipe.processes if sharded else 1)) for n in (num_values, trained, states)
+        -(-FP32 * n // layout.shard) for n in (num_values, trained, states)
     )
     return Plan(
         name=recipe.name,
         model=recipe.model,
         processes=recipe.processes,
-        sharded=sharded,
+        layout=layout,
         num_values=num_values,
         stages=tuple(_stage(recipe, stage, num_tokens) for stage in recipe.stages),
         weights=weights,

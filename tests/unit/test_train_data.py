@@ -113,10 +113,9 @@ def test_an_answer_follows_what_a_user_would_ask(tokenizer, task):
     from hidream.models.o1.tokens import encode_text
 
     recipe = recipe_of(tasks=[task])
-    config, stage, sample = model_config(recipe), recipe.stages[0], tasks.sample(task, 3, 5)
-    size = (stage.size, stage.size)
+    config, size, sample = model_config(recipe), (32, 32), tasks.sample(task, 3, 5)
     tokens, answer = encode_sample(recipe, config, tokenizer, size, sample, 5)
-    pictures = [Image.fromarray(p) for p in sample.reference_pictures(stage.size, stage.size)]
+    pictures = [Image.fromarray(p) for p in sample.reference_pictures(*size)]
     asked = encode_text(tokenizer, config, sample.prompt, pictures)
     assert len(pictures) == (task == "understanding")
     assert torch.equal(tokens.input_ids[: answer.start], asked.input_ids)

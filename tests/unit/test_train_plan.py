@@ -93,7 +93,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatc
     assert main(["train", str(LARGE), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "stage 2: 2048x2048, 50,000 steps of 128: 6,400,000 samples" in out
-    assert "sharded over 64 processes" in out
+    assert "64 processes (fsdp); one keeps" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,6 +121,7 @@ def test_the_exported_folder_declares_the_last_stages_sparsity(tmp_path):
     [
         (["stages.1.sparsity=1.0"], "stages.1.sparsity = 1.0 must lie in 0 … below 1"),
         (["stages.1.sparsity=0.5"], "goes with an O1 and compile = false"),
+        (["stages.1.sparsity=0.5", "compile=false", "parallel={sp = 2}"], "parallel.sp = 1"),
     ],
 )
 def test_wrong_values_are_named(changes, message):
