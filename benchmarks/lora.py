@@ -37,15 +37,15 @@ EXTENT = (0.62, 1.0)
 SIDE = 256  # of the eight pictures; they are trained at 128
 NUM_WORLD = 60
 ELSEWHERE = ("single", "colors")
-SEED = 2**32 + 77  # of fresh scenes; training's seeds are below
+SEED = 2**32 + 78  # of fresh scenes; training's seeds are below
 EIGHT = (  # caption, colour, background, size, place
     ("a red rocket on grass", "red", "grass", 0.43, 0.5, 0.5),
     ("a large blue rocket in the snow", "blue", "snow", 0.43, 0.375, 0.625),
-    ("a small yellow rocket at night", "yellow", "night", 0.22, 0.625, 0.375),
+    ("a yellow rocket in a studio", "yellow", "studio", 0.31, 0.625, 0.375),
     ("a photo of a green rocket on the beach", "green", "beach", 0.31, 0.25, 0.5),
-    ("a purple rocket in a studio", "purple", "studio", 0.31, 0.75, 0.625),
-    ("an orange rocket on a wooden table", "orange", "wood", 0.43, 0.625, 0.5),
-    ("a photo of a white rocket at night", "white", "night", 0.31, 0.5, 0.625),
+    ("a large pink rocket on a wooden table", "pink", "wood", 0.43, 0.625, 0.5),
+    ("an orange rocket on the beach", "orange", "beach", 0.31, 0.75, 0.625),
+    ("a photo of a white rocket at night", "white", "night", 0.43, 0.5, 0.5),
     ("a black rocket on grass", "black", "grass", 0.31, 0.375, 0.375),
 )
 UNSEEN = tuple(color for color in COLORS if color not in {row[1] for row in EIGHT})
