@@ -38,8 +38,10 @@ from hidream.train.config import Recipe, load_recipe
 from hidream.train.data import TrainBatch
 from hidream.train.distributed import World, join
 from hidream.train.launch import worker_environment
+from hidream.train.layout import Layout
 from hidream.train.loop import Trainee
 from hidream.train.o1 import O1Learner
+from hidream.train.parallel import Processes
 
 ROOT = Path(__file__).parents[1]
 RATE, ROUNDS = 1e-3, 7
@@ -81,7 +83,8 @@ def bench_recipe(task: str, batch_size: int) -> Recipe:
 
 def ours(recipe: Recipe, world: World) -> Step:
     """The loop's step."""
-    trainee = Trainee(O1Learner(recipe, world), world)
+    processes = Processes(Layout(replicate=world.size), world)
+    trainee = Trainee(O1Learner(recipe, world), processes)
 
     def step(batch: TrainBatch, number: int) -> float:
         values = trainee.backward(batch)

@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hidream import __version__
+from hidream.eval.outside import outside_change
 from hidream.eval.statistics import wilson
+from hidream.judges.finding import Finding
 from hidream.judges.measure import measure_judge
 from hidream.judges.world import Verdict, judge
 from hidream.request import GenerateRequest
@@ -51,7 +53,9 @@ def run(
     - accuracy: the share of pictures that the judge finds right, with its 95 % interval;
     - ceiling: the judge on true renders of the same scenes;
     - floor: the same pictures under one another's prompts; for edits, what the model makes of the
-      same sources under one another's instructions. None with a single scene.
+      same sources under one another's instructions. None with a single scene;
+    - outside_change, for edits: what changed outside the edited region, in percent of the range,
+      in the model's pictures and in the true ones (`eval.outside`).
 
     With `out`, each category's pictures and `verdicts.jsonl` are kept as they come, and a contact
     sheet with green and red frames; `results.json` is what is returned.
@@ -68,6 +72,7 @@ def run(
         record = _Record(out, category) if out is not None else None
         pictures: list[Image.Image] = []
         rights: list[bool] = []
+        outside: list[tuple[float, float]] = []
         for item, result in zip(items, _generate(pipe, items), strict=True):
             picture, verdict = result.images[0], judge(result.images[0], item)
             side, settings = picture.width, settings or _settings(result.request)
@@ -75,6 +80,7 @@ def run(
                 record.add(picture, item, verdict)
             pictures.append(picture)
             rights.append(verdict.right)
+            outside += _outside(picture, item, verdict)
             if len(rights) % BATCH == 0 or len(rights) == num_scenes:
                 say(f"{category}: {sum(rights)} of {len(rights)} right")
         if record is not None:
@@ -86,6 +92,13 @@ def run(
             "floor": _floor(pipe, items, pictures),
             "ci95": [round(low, 4), round(high, 4)],
         }
+        if outside:
+            model, ceiling = (sum(values) / len(values) for values in zip(*outside, strict=True))
+            rows[category]["outside_change"] = {
+                "model": round(model, 4),
+                "ceiling": round(ceiling, 4),
+                "n": len(outside),
+            }
     say("judging the judge")
     judged = measure_judge(seed, num_scenes, side=side, categories=tuple(categories))
     for category, row in rows.items():
@@ -134,6 +147,17 @@ def _floor(pipe: Pipe, items: Sequence[Sample], pictures: Sequence[Image.Image])
     else:
         rights = [judge(p, other).right for p, other in zip(pictures, others, strict=True)]
     return sum(rights) / len(rights)
+
+
+def _outside(
+    picture: Image.Image, item: Sample, verdict: Verdict
+) -> tuple[tuple[float, float], ...]:
+    """The change outside the edited region: the model's and the true picture's; () if none."""
+    if item.task != "edit" or not isinstance(verdict.finding, Finding):
+        return ()
+    model = outside_change(picture, item, verdict.finding.objects)
+    ceiling = outside_change(item.target(*picture.size), item)
+    return () if model is None or ceiling is None else ((model, ceiling),)
 
 
 def _settings(request: GenerateRequest) -> dict[str, Any]:

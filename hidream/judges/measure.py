@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from hidream.camera import CAMERA
 from hidream.judges.world import JUDGE_VERSION, judge
-from hidream.world import render
-from hidream.world.scene import COLORS, KINDS, PATTERNS, Dice, Object, Scene, boxes_apart, extent
+from hidream.world.figures import FIGURES
+from hidream.world.render import paste_object, render
+from hidream.world.scene import COLORS, KINDS, PATTERNS, Dice, Object, boxes_apart, extent
+from hidream.world.shots import shot_scene, tellable
 from hidream.world.tasks import CATEGORIES, Sample, eval_seed, sample
 
 BLUR = 0.03  # standard deviation, of the picture's side
@@ -32,6 +35,8 @@ def missing(item: Sample, dice: Dice, side: int) -> Picture | None:
 
 def extra(item: Sample, dice: Dice, side: int) -> Picture | None:
     """One object more is there."""
+    if item.scene.camera is not None:
+        return _before_the_figure(item, dice, side)
     boxes = [o.box for o in item.scene.objects]
     for _ in range(200):
         kind, color = dice.pick(tuple(KINDS)), dice.pick(COLORS)
@@ -42,6 +47,16 @@ def extra(item: Sample, dice: Dice, side: int) -> Picture | None:
         if all(boxes_apart(thing.box, box, 0.0) for box in boxes):
             return _draw(item, (*item.scene.objects, thing), side)
     return None
+
+
+def _before_the_figure(item: Sample, dice: Dice, side: int) -> Picture:
+    """A flat object stands between a camera and its figure."""
+    picture = Image.fromarray(item.target(side, side))
+    color = dice.pick([c for c in COLORS if c != item.scene.objects[0].color])
+    x, y = dice.uniform(0.15, 0.85), dice.uniform(0.15, 0.85)
+    thing = Object(kind=dice.pick(tuple(KINDS)), color=color, size=0.24, x=x, y=y)
+    paste_object(picture, thing)
+    return np.asarray(picture)
 
 
 def wrong_color(item: Sample, dice: Dice, side: int) -> Picture | None:
@@ -64,6 +79,11 @@ def wrong_class(item: Sample, dice: Dice, side: int) -> Picture | None:
     i = _some_object(item, dice)
     if i is None:
         return None
+    if item.scene.camera is not None:
+        thing = item.scene.objects[0]
+        kind = dice.pick([k for k in FIGURES if k != thing.kind])
+        scene = shot_scene(kind, thing.color, item.scene.background, item.scene.camera)
+        return render(scene, side, side)
     return _draw(item, _changed(item, i, kind=_other_kind(item, dice)), side)
 
 
@@ -96,6 +116,22 @@ def wrong_word(item: Sample, dice: Dice, side: int) -> Picture | None:
     return None
 
 
+def _seen_otherwise(field: str) -> Damage:
+    def damage(item: Sample, dice: Dice, side: int) -> Picture | None:
+        camera, told = item.scene.camera, item.claims.camera
+        if camera is None or field not in told:
+            return None
+        value = dice.pick([v for v in CAMERA[field] if v != told[field]])
+        change: dict[str, Any] = {field: value}
+        thing, other = item.scene.objects[0], replace(camera, **change)
+        if not tellable(tuple(told), {name: getattr(other, name) for name in CAMERA}):
+            return None
+        return render(shot_scene(thing.kind, thing.color, item.scene.background, other), side, side)
+
+    damage.__doc__ = f"The figure is seen in another {field} than the prompt says."
+    return damage
+
+
 def unedited(item: Sample, dice: Dice, side: int) -> Picture | None:
     """An edit's source, unchanged."""
     return None if item.source is None else item.reference_pictures(side, side)[0]
@@ -122,6 +158,9 @@ DAMAGES: dict[str, Damage] = {
     "blended": blended,
     "wrong_texture": wrong_texture,
     "wrong_word": wrong_word,
+    "wrong_shot": _seen_otherwise("shot"),
+    "wrong_angle": _seen_otherwise("angle"),
+    "wrong_view": _seen_otherwise("view"),
     "unedited": unedited,
     "blurred": blurred,
     "noisy": noisy,
@@ -133,7 +172,7 @@ def _byte(picture: np.ndarray) -> Picture:
 
 
 def _draw(item: Sample, objects: tuple[Object, ...], side: int) -> Picture:
-    return render(Scene(objects=objects, background=item.scene.background), side, side)
+    return render(replace(item.scene, objects=objects), side, side)
 
 
 def _changed(item: Sample, i: int, **fields: Any) -> tuple[Object, ...]:

@@ -12,6 +12,7 @@ from hidream.world.scene import sign_cell
 from hidream.world.sprites import SIGN_TONES, board_sprite, letter_mask
 
 LEAST_LETTER = 0.5  # correlation of a cell's ink with the letter read there
+LEAST_INK = 1.0  # the norm of a cell's ink, in pixels, below which no letter is there
 REACH = 2  # how far, in fine pixels, a letter may sit off its place
 
 
@@ -34,7 +35,7 @@ def _corner(found: Fit, at: View) -> tuple[float, float, float]:
 
 def read_word(signs: tuple[Fit, ...], at: View) -> tuple[str, Fit, float]:
     """The word on a sign, the reading of the sign that fits best, and the least sure letter's
-    correlation. A cell that is no letter is read as "?"."""
+    correlation. A cell that is no letter is read as "?", an empty one amid letters as a space."""
     best: tuple[float, str, Fit, float] | None = None
     for found in signs:
         word, scores = _read(found, at)
@@ -79,12 +80,17 @@ def _read(found: Fit, at: View) -> tuple[str, list[float]]:
         spots = slides.reshape(-1, height * width)
         spots = spots - spots.mean(1, keepdims=True)
         norm = np.linalg.norm(spots, axis=1, keepdims=True)
+        if norm.min() < LEAST_INK:
+            word, scores = word + " ", [*scores, 1.0]
+            continue
         match = ((spots / np.maximum(norm, 0.5)) @ flat.T).max(0)
         which = int(match.argmax())
         score = float(match[which])
         word += LETTERS[which] if score >= LEAST_LETTER else "?"
         scores.append(score)
-    return word, scores
+    between = word.lstrip(" ")
+    between = "?" * (len(word) - len(between)) + between
+    return between.rstrip(" ").ljust(len(word), "?"), scores
 
 
 @lru_cache(maxsize=512)

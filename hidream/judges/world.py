@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 
 from hidream.judges.finding import Finding, Found, find
+from hidream.judges.shots import ShotFinding, find_shot
 from hidream.world.sample import Claim, Sample
 from hidream.world.scene import Object, holds, size_name
 
-JUDGE_VERSION = "1.0"
+JUDGE_VERSION = "2.0"
 IN_PLACE = 0.08  # how far an untouched object of an edit may have moved
 
 
@@ -21,15 +22,32 @@ class Verdict:
 
     right: bool
     reasons: tuple[str, ...]
-    finding: Finding = field(repr=False)
+    finding: Finding | ShotFinding = field(repr=False)
 
 
 def judge(picture: Image.Image | np.ndarray, sample: Sample) -> Verdict:
     """Whether the picture shows what the sample's prompt asks for, and nothing else."""
+    if sample.scene.camera is not None:
+        return _judge_shot(find_shot(picture), sample)
     finding = find(picture)
     reasons = list(finding.faults)
     check = _check_edit if sample.task == "edit" else _check_claims
     reasons += check(finding, sample)
+    return Verdict(right=not reasons, reasons=tuple(reasons), finding=finding)
+
+
+def _judge_shot(finding: ShotFinding, sample: Sample) -> Verdict:
+    """The figure claimed, seen as claimed."""
+    claims, reasons = sample.claims, list(finding.faults)
+    (claim,) = claims.objects
+    if finding.kind != claim.kind or claim.color not in ("", finding.color):
+        reasons.append(f"found {finding.color} {finding.kind}")
+    for name, value in claims.camera.items():
+        seen = getattr(finding.camera, name)
+        if seen != value:
+            reasons.append(f"{name} {seen}, not {value}")
+    if claims.background not in ("", finding.background):
+        reasons.append(f"background {finding.background}, not {claims.background}")
     return Verdict(right=not reasons, reasons=tuple(reasons), finding=finding)
 
 

@@ -93,6 +93,8 @@ def _sign(dice: Dice, group: Group) -> str:
             "with the text {}",
         )
     )
+    if " " in group.word:
+        says = says.replace("the word ", "the words ")
     return f"{board} {says.format(quoted(group.word))}"
 
 

@@ -7,7 +7,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from hidream.world.scene import HORIZON, PLAIN, Object, Scene, Subject, sign_cell
+from hidream.world.lens import HORIZONS, figure_sprite
+from hidream.world.scene import HORIZON, PLAIN, Camera, Object, Scene, Subject, sign_cell
 from hidream.world.sprites import (
     SIGN_TONES,
     board_sprite,
@@ -29,15 +30,15 @@ _GROUNDS: dict[str, tuple[tuple[int, int, int], ...]] = {
 
 
 @lru_cache(maxsize=64)
-def background(name: str, width: int, height: int) -> Image.Image:
-    """The empty picture of a background."""
+def background(name: str, width: int, height: int, horizon: float = HORIZON) -> Image.Image:
+    """The empty picture of a background; below 0 or above 1, the horizon is out of sight."""
     sky_top, sky_low, ground_top, ground_low = (
         np.array(colour, np.float32) for colour in _GROUNDS[name]
     )
     y = ((np.arange(height, dtype=np.float32) + 0.5) / height)[:, None]
-    sky = sky_top + (sky_low - sky_top) * np.clip(y / HORIZON, 0, 1)
-    ground = ground_top + (ground_low - ground_top) * np.clip((y - HORIZON) / (1 - HORIZON), 0, 1)
-    mix = np.clip((y - HORIZON) / 0.025 + 0.5, 0, 1)
+    sky = sky_top + (sky_low - sky_top) * np.clip(y / horizon, 0, 1)
+    ground = ground_top + (ground_low - ground_top) * np.clip((y - horizon) / (1 - horizon), 0, 1)
+    mix = np.clip((y - horizon) / 0.025 + 0.5, 0, 1)
     rows = sky * (1 - mix) + ground * mix  # (h, 3)
     x = (np.arange(width, dtype=np.float32) + 0.5) / width
     glow = 1 + 0.03 * (0.5 - np.abs(x - 0.5)) * 2 - 0.015  # a little light in the middle
@@ -80,9 +81,21 @@ def _paste_sign(picture: Image.Image, thing: Object, side: int) -> None:
 
 def draw(scene: Scene, width: int, height: int) -> Image.Image:
     """The picture of a scene as a PIL image (RGB)."""
+    if scene.camera is not None:
+        return _shoot(scene, scene.camera, width, height)
     picture = background(scene.background, width, height).copy()
     for thing in sorted(scene.objects, key=lambda o: o.y + o.extent[1] / 2):
         paste_object(picture, thing)
+    return picture
+
+
+def _shoot(scene: Scene, camera: Camera, width: int, height: int) -> Image.Image:
+    """The picture that a camera takes of the scene's figure."""
+    picture = background(scene.background, width, height, HORIZONS[camera.angle]).copy()
+    for thing in scene.objects:
+        sprite, mask, shadow = figure_sprite(thing, camera, width, height)
+        picture.paste((16, 16, 16), (0, 0), shadow)
+        picture.paste(sprite, (0, 0), mask)
     return picture
 
 

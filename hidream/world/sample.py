@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,11 +26,13 @@ class Claim:
 @dataclass(frozen=True, kw_only=True)
 class Claims:
     """What a picture must show, and nothing besides: objects in the scene's order, relations
-    (i, relation, j) between them, and the background if the prompt names one."""
+    (i, relation, j) between them, the background if the prompt names one, and of the camera what
+    it says (field -> value of `hidream.camera.CAMERA`)."""
 
     objects: tuple[Claim, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
     background: str = ""
+    camera: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-WORLD_VERSION = "1.1"
+WORLD_VERSION = "2.0"
 
 #: Kind of object -> (width, height) of its tight box in units of the object's size.
 KINDS: dict[str, tuple[float, float]] = {
@@ -142,9 +142,25 @@ class Object:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Camera:
+    """How a figure is seen: names of `hidream.camera`. `turn` is 1 or -1: the flank that side and
+    three-quarter views show, the figure facing left or right."""
+
+    shot: str
+    angle: str
+    view: str
+    turn: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scene:
+    """Objects before a background. With a `camera` there is one object, a figure with depth
+    (`hidream.world.figures`); its size is the share of the picture that its longer side takes, its
+    (x, y) the place of the point that the camera looks at."""
+
     objects: tuple[Object, ...]
     background: str
+    camera: Camera | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,12 @@ CATEGORIES = (
     "words",
     "edits",
     "subjects",
+    "shots",
+    "many_words",
+    "casual",
 )
+#: What world 2.0 added: numbered after all that was there, whose samples so stay the same.
+LATER = ("shots", "many_words", "casual")
 TRAIN_SEEDS = range(2**32)
 EVAL_SEEDS = range(2**32, 2**33)
 
@@ -65,7 +70,8 @@ def sample(task: str, seed: int, index: int, *, category: str | None = None) -> 
     """
     if task not in _MAKE:
         raise UsageError(f'unknown task "{task}".', f"The world's tasks are {', '.join(TASKS)}.")
-    known = (*PLANS, *EDITS, "edits", "subjects")
+    first = (plan for plan in PLANS if plan not in LATER)
+    known = (*first, *EDITS, "edits", "subjects", *LATER)
     if category is not None and category not in known:
         raise UsageError(f'unknown category "{category}".', f"Known are {', '.join(known)}.")
     if category in ("edits", "subjects"):

@@ -9,6 +9,8 @@ from hidream.world import prompts
 from hidream.world.build import Part, build_scene, claims_of, some_things
 from hidream.world.sample import Sample
 from hidream.world.scene import BACKGROUNDS, RELATIONS, SIGN_STYLES, Dice
+from hidream.world.shots import shots
+from hidream.world.typed import typed
 
 _MIX = (  # what text_to_image draws from when no category is asked for
     ("single", 0.1),
@@ -90,7 +92,43 @@ def free(dice: Dice) -> _Plan:
     return tuple(parts), relation
 
 
-PLANS: dict[str, Callable[[Dice], _Plan]] = {
+def _many_words(dice: Dice) -> _Plan:
+    """Two signs, or one sign of two words."""
+    if dice.chance(0.4):
+        first = prompts.random_word(dice, 5)
+        second = prompts.random_word(dice, 7 - len(first))
+        return (a_sign(dice, f"{first} {second}"),), ""
+    signs = [a_sign(dice, prompts.random_word(dice)) for _ in range(2)]
+    while signs[1].word == signs[0].word:
+        signs[1] = a_sign(dice, prompts.random_word(dice))
+    return tuple(signs), dice.pick(("above", "below")) if dice.chance(0.6) else ""
+
+
+def _casual(dice: Dice) -> _Plan:
+    """What the categories of evaluation draw; its prompts are those of `typed`."""
+    return _CASUAL[dice.weighted(_CASUAL_MIX)](dice)
+
+
+_CASUAL: dict[str, Callable[[Dice], _Plan]] = {
+    "single": _single,
+    "colors": _colors,
+    "two_objects": _two_objects,
+    "position": _position,
+    "counting": _counting,
+    "attribute_binding": _attribute_binding,
+    "words": _words,
+}
+_CASUAL_MIX = (
+    ("single", 0.12),
+    ("colors", 0.24),
+    ("two_objects", 0.16),
+    ("position", 0.14),
+    ("counting", 0.14),
+    ("attribute_binding", 0.14),
+    ("words", 0.06),
+)
+
+PLANS: dict[str, Callable[[Dice], _Plan | Sample]] = {
     "single": _single,
     "colors": _colors,
     "two_objects": _two_objects,
@@ -100,6 +138,10 @@ PLANS: dict[str, Callable[[Dice], _Plan]] = {
     "words": _words,
     "related": related,
     "free": free,
+    # since world 2.0; none of them is in `_MIX`
+    "shots": shots,
+    "many_words": _many_words,
+    "casual": _casual,
 }
 #: How often the prompt names the background; the categories of evaluation never do.
 _SAY_BACKGROUND = {"related": 0.25, "free": 0.55}
@@ -107,12 +149,18 @@ _SAY_BACKGROUND = {"related": 0.25, "free": 0.55}
 
 def text_to_image(dice: Dice, category: str | None) -> Sample:
     name = category if category is not None else dice.weighted(_MIX)
-    parts, relation = PLANS[name](dice)
+    plan = PLANS[name](dice)
+    if isinstance(plan, Sample):
+        return plan
+    parts, relation = plan
     background = dice.pick(BACKGROUNDS)
     relations = ((0, relation, 1),) if relation else ()
     scene, pairs, sizes = build_scene(dice, parts, background, relations)
     said = background if dice.chance(_SAY_BACKGROUND.get(name, 0.0)) else ""
     groups = tuple(part.group(size) for part, size in zip(parts, sizes, strict=True))
-    text = prompts.caption(dice, groups, relation, said, plain=name not in _SAY_BACKGROUND)
+    if name == "casual":
+        text = typed(dice, groups, relation)
+    else:
+        text = prompts.caption(dice, groups, relation, said, plain=name not in _SAY_BACKGROUND)
     claims = claims_of(parts, sizes, pairs, said)
     return Sample(task="text_to_image", category=name, prompt=text, scene=scene, claims=claims)

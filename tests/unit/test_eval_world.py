@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from hidream.eval import world
+from hidream.eval.outside import outside_change
 from hidream.eval.statistics import wilson
 from hidream.request import GenerateRequest
 from hidream.world.tasks import eval_seed, sample
@@ -58,6 +60,9 @@ def test_a_model_that_draws_the_truth_reaches_the_ceiling(tmp_path):
         assert len(list((tmp_path / name).glob("*.png"))) == 4
         assert len((tmp_path / name / "verdicts.jsonl").read_text().splitlines()) == 4
         assert (tmp_path / f"{name}.png").is_file()
+    change = results["categories"]["edits"]["outside_change"]
+    assert change["model"] == change["ceiling"] == 0
+    assert "outside_change" not in results["categories"]["single"]
     assert pipe.num_requests == 4 * len(CATEGORIES) + 4  # and the edits' floor
     assert {"right_on_true", "wrong_on_damaged"} <= set(results["judge"])
 
@@ -70,6 +75,26 @@ def test_a_model_that_draws_nothing_is_never_right():
 def test_one_scene_has_no_floor():
     results = world.run(blank, num_scenes=1, seed=3, categories=("single",))
     assert results["categories"]["single"]["floor"] is None
+
+
+def test_outside_change_counts_only_what_the_edit_is_not_about():
+    edits = (sample("edit", eval_seed(2), i, category="recolour") for i in range(50))
+    item = next(edit for edit in edits if len(edit.scene.objects) == 1)
+    true = item.target(128, 128)
+    assert outside_change(true, item) == 0
+    left, top, right, bottom = (round(128 * v) for v in item.scene.objects[0].box)
+    inside, beside = true.copy(), true.copy()
+    inside[top:bottom, left:right] = 0
+    assert outside_change(inside, item) == 0
+    source = item.reference_pictures(128, 128)[0].astype(float)
+    beside[:2] = 255 - beside[:2]  # rows that no object reaches
+    least = np.abs(beside - source)[:2].mean() * 2 / 128 / 2.55
+    assert outside_change(beside, item) > least  # over fewer pixels than the picture has
+
+
+def test_outside_change_leaves_backgrounds_alone():
+    item = sample("edit", eval_seed(2), 0, category="background")
+    assert outside_change(item.target(64, 64), item) is None
 
 
 @pytest.mark.parametrize(("right", "num"), [(0, 10), (5, 10), (10, 10), (90, 100)])

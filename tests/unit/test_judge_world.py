@@ -8,28 +8,31 @@ from hidream.judges.finding import find
 from hidream.judges.measure import DAMAGES, measure_judge
 from hidream.judges.world import judge
 from hidream.world import render
-from hidream.world.scene import BACKGROUNDS, Dice, Scene
+from hidream.world.scene import BACKGROUNDS, KINDS, Dice, Object, Scene
+from hidream.world.sprites import added_kind
 from hidream.world.tasks import CATEGORIES, eval_seed, sample
 
 SEED = 321
+CAMERA_DAMAGES = ("wrong_shot", "wrong_angle", "wrong_view")  # test_world_shots.py has these
+FLAT = [category for category in CATEGORIES if category != "shots"]
 
 
 def scene(category, index, seed=SEED):
     return sample("text_to_image", eval_seed(seed), index, category=category)
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("category", FLAT)
 def test_true_pictures_are_right(category):
     verdicts = [judge(scene(category, i).target(128, 128), scene(category, i)) for i in range(8)]
     assert sum(v.right for v in verdicts) >= 7, [v.reasons for v in verdicts]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in CAMERA_DAMAGES])
 def test_damaged_pictures_are_wrong(damage):
-    """Every scene that this damage applies to, of all categories in turn."""
+    """Every scene that this damage applies to, of the first nine categories in turn."""
     seen = wrong = 0
     for index in range(27):
-        item = scene(CATEGORIES[index % len(CATEGORIES)], index)
+        item = scene(FLAT[index % 9], index)
         picture = DAMAGES[damage](item, Dice(SEED, index), 128)
         if picture is not None:
             seen += 1
@@ -86,3 +89,23 @@ def test_the_figures_cover_every_category():
     assert set(figures["categories"]) == {"single", "words"}
     assert figures["right_on_true"] == 1
     assert figures["wrong_on_damaged"] == 1
+
+
+def test_a_kind_can_be_added_for_a_time():
+    def draw_bone(canvas):
+        for x, y in ((0.14, 0.3), (0.14, 0.7), (0.86, 0.3), (0.86, 0.7)):
+            canvas.put(canvas.ellipse(x, y, 0.14, 0.28), 1.1)
+        canvas.put(canvas.box(0.14, 0.3, 0.86, 0.7), 0.9)
+
+    thing = Object(kind="bone", color="red", size=0.43, x=0.5, y=0.5)
+    with added_kind("bone", (1.0, 0.5), draw_bone):
+        picture = render(Scene(objects=(thing,), background="grass"), 128, 128)
+        assert [(o.color, o.kind) for o in find(picture).objects] == [("red", "bone")]
+        assert not find(picture).faults
+        again = added_kind("bone", (1.0, 0.5), draw_bone)
+        with pytest.raises(ValueError, match="is one of the world's kinds"), again:
+            pass
+    assert "bone" not in KINDS
+    outside = find(picture)
+    assert all(o.kind != "bone" for o in outside.objects)
+    assert outside.faults

@@ -19,6 +19,7 @@ from hidream.train.config import Recipe, Stage
 from hidream.train.data import TrainBatch
 from hidream.train.flops import hidit_step, i1_step
 from hidream.train.o1 import O1Learner
+from hidream.train.objective import Objective
 from tests import tiny, tiny_i1
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not counted by itself
@@ -52,6 +53,22 @@ def learner(tiny_folder):
     return O1Learner(recipe)
 
 
+def step_of(batch, x0, sigma, num_labels):
+    return TrainBatch(
+        task="edit",
+        objective=Objective(),
+        batch=batch,
+        x0=x0,
+        noise=x0,
+        sigma=sigma,
+        levels=sigma,
+        places=torch.zeros(len(sigma), 2),
+        grid=(2, 2),
+        num_labels=num_labels,
+        redrawn=0,
+    )
+
+
 @pytest.mark.parametrize(("num_references", "drawn"), [(0, True), (2, True), (1, False)])
 def test_o1(learner, tokenizer, num_references, drawn):
     references = tiny.pictures(num_references)
@@ -71,7 +88,7 @@ def test_o1(learner, tokenizer, num_references, drawn):
     )
     shape = (2, requests[0].num_target if drawn else 0, O1_TINY.patch_dim)
     x0, sigma = torch.zeros(shape), torch.tensor([0.3, 0.6])
-    step = TrainBatch("edit", batch, x0, x0, sigma, 4, 0)
+    step = step_of(batch, x0, sigma, 4)
     model = O1(O1_TINY)
 
     def run():
@@ -87,7 +104,7 @@ def test_o1_padding_is_not_counted(learner, tokenizer):
     def flops(num_text):
         batch = collate([request], num_text=num_text, labels=[slice(1, 3)])
         x0 = torch.zeros(1, request.num_target, O1_TINY.patch_dim)
-        return learner.flops(TrainBatch("edit", batch, x0, x0, torch.ones(1), 2, 0))
+        return learner.flops(step_of(batch, x0, torch.ones(1), 2))
 
     assert flops(len(request.input_ids)) == flops(len(request.input_ids) + 20) > 0
 

@@ -85,6 +85,13 @@ def test_categories_ask_for_what_their_names_say():
     for item in some("words"):
         (word,) = (claim.word for claim in item.claims.objects if claim.word)
         assert 1 <= len(word) <= 8
+    for item in some("many_words"):
+        words = [claim.word for claim in item.claims.objects]
+        assert len(" ".join(words).split()) == 2
+        assert all(len(word) <= 8 for word in words)
+        assert all(f'"{word}"' in item.prompt for word in words)
+    assert len({len(i.scene.objects) for i in some("many_words")}) == 2
+    assert all(i.prompt[0].islower() or i.prompt[0].isdigit() for i in some("casual"))
     assert all(i.source is not None for i in some("edits"))
     assert all(1 <= len(i.subjects) <= 3 for i in some("subjects"))
 
