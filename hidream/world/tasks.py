@@ -30,9 +30,10 @@ CATEGORIES = (
     "shots",
     "many_words",
     "casual",
+    "storyboards",
 )
 #: What world 2.0 added: numbered after all that was there, whose samples so stay the same.
-LATER = ("shots", "many_words", "casual")
+LATER = ("shots", "many_words", "casual", "storyboards")
 TRAIN_SEEDS = range(2**32)
 EVAL_SEEDS = range(2**32, 2**33)
 
