@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from hidream.judges.finding import Finding, Found, find
+from hidream.judges.layouts import LEAST_IOU, box_overlaps
 from hidream.judges.shots import ShotFinding, find_shot
 from hidream.world.panels import cut_panels
 from hidream.world.sample import Claim, Sample
@@ -19,10 +20,12 @@ IN_PLACE = 0.08  # how far an untouched object of an edit may have moved
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a picture is right, why not, and what was found in it."""
+    """Whether a picture is right, why not, and what was found in it; of a layout, the overlap of
+    each asked box with its subject's (intersection over union)."""
 
     right: bool
     reasons: tuple[str, ...]
+    overlaps: tuple[float, ...] = ()
     finding: Finding | ShotFinding | tuple[Finding, ...] = field(repr=False)
 
 
@@ -36,7 +39,11 @@ def judge(picture: Image.Image | np.ndarray, sample: Sample) -> Verdict:
     reasons = list(finding.faults)
     check = _check_edit if sample.task == "edit" else _check_claims
     reasons += check(finding, sample)
-    return Verdict(right=not reasons, reasons=tuple(reasons), finding=finding)
+    allowed = [[_fulfils(o, c) for o in finding.objects] for c in sample.claims.objects]
+    overlaps = tuple(box_overlaps(finding.objects, sample.layout, allowed)) if sample.layout else ()
+    if any(overlap < LEAST_IOU for overlap in overlaps):
+        reasons.append(f"box overlaps {', '.join(f'{overlap:.2f}' for overlap in overlaps)}")
+    return Verdict(right=not reasons, reasons=tuple(reasons), overlaps=overlaps, finding=finding)
 
 
 def _judge_panels(picture: Image.Image | np.ndarray, sample: Sample) -> Verdict:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
-from hidream.world.tasks import TASKS
+from hidream.world.tasks import SUBJECTS, TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -26,8 +26,8 @@ class Stage:
     `size` is the side of the square picture in pixels; `batch_size` counts the samples of one step
     over all processes. The rate climbs over the first `warmup` steps from where the stage before
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
-    `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image (none: the
-    world's own mix).
+    `tasks` weights the tasks (Hi-DiT has none), `categories` those of
+    text_to_image and of subject (where a task has none: the world's own mix).
     """
 
     size: int
@@ -378,7 +378,11 @@ def _check(recipe: Recipe) -> None:
             min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
             f"{where}: warmup + decay must fit into its {stage.steps} steps.",
         )
-        for table, known in (("tasks", TASKS), ("categories", tuple(PLANS))):
+        require(
+            stage.tasks.get("subject", 0) > 0 or not any(map(stage.categories.get, SUBJECTS)),
+            f"{where}.categories names {' or '.join(SUBJECTS)}, but {where}.tasks no subject.",
+        )
+        for table, known in (("tasks", TASKS), ("categories", (*PLANS, *SUBJECTS))):
             weights = getattr(stage, table)
             for key, weight in weights.items():
                 if key not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ from hidream.errors import ModelError
 from hidream.models.o1.batch import IGNORE, Batch, collate
 from hidream.models.o1.config import O1Config
 from hidream.models.o1.patches import patchify, to_tensor
-from hidream.models.o1.references import prepare_references
+from hidream.models.o1.references import Box, prepare_references
 from hidream.models.o1.tokens import (
     UNCONDITIONAL_PROMPT,
     Tokenizer,
@@ -142,15 +143,17 @@ def padded_lengths(
     if task in TEXT_TASKS:
         tokens = encode_text(tokenizer, config, "", blank, [tokenizer.special["<|im_end|>"]])
     else:
-        prepared = _prepare(config, size, blank)
+        prepared = _prepare(config, size, blank)  # a layout's picture is as large as a reference
         tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
     return len(tokens.input_ids) + shape.longest, len(tokens.references)
 
 
-def _prepare(config: O1Config, size: int, pictures: list[Image.Image]) -> list[Image.Image]:
+def _prepare(
+    config: O1Config, size: int, pictures: list[Image.Image], layout: Sequence[Box] = ()
+) -> list[Image.Image]:
     return prepare_references(
         pictures,
-        (),
+        layout,
         width=size,
         height=size,
         patch_size=config.patch_size,
@@ -202,7 +205,9 @@ def _num_words(tokenizer: Tokenizer, sample: Sample) -> int:
 
 
 def _num_pictures(sample: Sample) -> int:
-    return 1 if sample.task in ("edit", "understanding") else len(sample.subjects)
+    if sample.task in ("edit", "understanding"):
+        return 1
+    return len(sample.subjects) + bool(sample.layout)  # a layout is one more picture
 
 
 def encode_sample(
@@ -220,17 +225,17 @@ def encode_sample(
         tokens = encode_text(tokenizer, config, sample.prompt, pictures, answer)
         num_text = len(tokens.input_ids)
         return tokens, slice(num_text - len(answer), num_text)
-    prompt, objective = sample.prompt, recipe.objective
+    prompt, layout, objective = sample.prompt, sample.layout, recipe.objective
     drop_caption, drop_references = generator(recipe.seed, Stream.DROPOUT, index).random(2)
     if drop_caption < objective.caption_dropout:
         prompt = UNCONDITIONAL_PROMPT
         if drop_references < objective.reference_dropout / max(objective.caption_dropout, 1e-9):
-            pictures = []
+            pictures, layout = [], ()
     tokens = encode_prepared(
         tokenizer,
         config,
         prompt,
-        _prepare(config, stage.size, pictures),
+        _prepare(config, stage.size, pictures, layout),
         width=stage.size,
         height=stage.size,
     )
