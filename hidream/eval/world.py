@@ -171,9 +171,7 @@ def _outside(
     return () if model is None or ceiling is None else ((model, ceiling),)
 
 
-def _overlaps(
-    picture: Image.Image, item: Sample, verdict: Verdict
-) -> list[tuple[float, float]]:
+def _overlaps(picture: Image.Image, item: Sample, verdict: Verdict) -> list[tuple[float, float]]:
     """For each box of a layout, its overlap with its subject: the model's, the true picture's."""
     if not item.layout:
         return []

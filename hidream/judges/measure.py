@@ -209,9 +209,9 @@ def measure_judge(
     """The judge's figures on `num_scenes` scenes of evaluation seed `seed` for each category.
 
     Every scene is judged as it is and once with one damage, each kind of damage in turn (the ones
-    that do not apply to a scene are passed over). `side` is that of the square pictures in pixels, or
-    that of each category. Returns `right_on_true` and `wrong_on_damaged`,
-    over all and by category and damage, with the numbers of pictures.
+    that do not apply to a scene are passed over). `side` is that of the square pictures in pixels,
+    or that of each category. Returns `right_on_true` and `wrong_on_damaged`, over all and by
+    category and damage, with the numbers of pictures.
     """
     truths: dict[str, list[bool]] = {}
     damaged: dict[str, list[bool]] = {}

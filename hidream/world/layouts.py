@@ -42,7 +42,7 @@ def layout(dice: Dice) -> Sample:
 
 
 def _box(dice: Dice, thing: Object) -> Box:
-    """x1, x2, y1, y2 in hundredths: what the object fills, or sometimes a little wider or higher."""
+    """x1, x2, y1, y2 in hundredths: what the object fills, sometimes a little wider or higher."""
     left, top, right, bottom = thing.box
     slack = SLACK * dice.random() / 2 if dice.chance(0.3) else 0.0
     if dice.chance(0.5):

@@ -85,9 +85,7 @@ def _turn(dice: Dice, subject: Part) -> _Turn:
             return _Turn(background, size, company, relation)
 
 
-def _panel(
-    dice: Dice, subject: Part, turn: _Turn, background: str, *, introduced: bool
-) -> Sample:
+def _panel(dice: Dice, subject: Part, turn: _Turn, background: str, *, introduced: bool) -> Sample:
     """One panel; of a subject that is `introduced`, the words say "the car" or "it"."""
     size = SIZES[turn.size or dice.pick(("medium", "large"))]
     parts = (replace(subject, size=size, say_size=bool(turn.size)),)
