@@ -88,7 +88,7 @@ def _turn(dice: Dice, subject: Part) -> _Turn:
 def _panel(dice: Dice, subject: Part, turn: _Turn, background: str, *, introduced: bool) -> Sample:
     """One panel; of a subject that is `introduced`, the words say "the car" or "it"."""
     size = SIZES[turn.size or dice.pick(("medium", "large"))]
-    parts = (replace(subject, size=size, say_size=bool(turn.size)),)
+    parts: tuple[Part, ...] = (replace(subject, size=size, say_size=bool(turn.size)),)
     if turn.company:
         parts = (*parts, replace(turn.company, size=SIZES["medium"]))
     relations = ((0, turn.relation, 1),) if turn.relation else ()
