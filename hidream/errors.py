@@ -9,17 +9,19 @@ class HidreamError(Exception):
     Args:
         problem: what is wrong, with the value and its limit.
         remedy: what to do about it, a sentence of its own; may be empty.
+        details: where there is more than one thing wrong, a line for each.
     """
 
     exit_code = 1
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
+    def __init__(self, problem: str, remedy: str = "", details: tuple[str, ...] = ()) -> None:
         super().__init__(problem, remedy)
         self.problem = problem
         self.remedy = remedy
+        self.details = details
 
     def __str__(self) -> str:
-        return f"{self.problem} {self.remedy}".strip()
+        return "\n  ".join([f"{self.problem} {self.remedy}".strip(), *self.details])
 
 
 class UsageError(HidreamError, ValueError):

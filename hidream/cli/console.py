@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -10,6 +11,7 @@ from io import TextIOWrapper
 from typing import Any, cast
 
 INTERRUPTED = 130
+SECONDS_FOR_THE_FIRST = 10.0
 
 
 def say(text: str, *, end: str = "\n") -> None:
@@ -34,6 +36,20 @@ def use_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+
+
+def in_group() -> bool:
+    """Whether torchrun or accelerate started this process, as one of a group."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def let_first_process_say_it() -> None:
+    """Wait, in any other process of a group, for it to end the group with the message of all.
+
+    What only this process knows is said a little later.
+    """
+    if in_group() and os.environ["RANK"] != "0":
+        time.sleep(SECONDS_FOR_THE_FIRST)
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import FrameType
 
 from hidream import __version__
-from hidream.cli.console import INTERRUPTED, say, use_any_text
+from hidream.cli.console import INTERRUPTED, let_first_process_say_it, say, use_any_text
 from hidream.errors import Cancelled, HidreamError, MemoryExceeded, UsageError
 from hidream.registry import nearest
 
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted.")
         return INTERRUPTED
     except HidreamError as error:
+        if isinstance(error, UsageError):  # every process of a group has found it
+            let_first_process_say_it()
         return _complain(error)
     except BrokenPipeError:
         # Nobody reads any more; what was asked for is done. Python flushes stdout once again.
@@ -98,8 +100,10 @@ def _run(argv: list[str]) -> int:
 
 
 def _complain(error: HidreamError) -> int:
-    """Two lines, whatever the message holds."""
+    """Two lines, whatever the message holds, and one for each of its details."""
     say("error: " + " ".join(error.problem.split()))
+    for line in error.details:
+        say("       " + " ".join(line.split()))
     if error.remedy:
         say("       " + " ".join(error.remedy.split()))
     return error.exit_code

@@ -270,10 +270,10 @@ class Scan:
     column: int
 
 
-@lru_cache(maxsize=1)
-def banks() -> tuple[Bank, ...]:
-    """The banks, by size: objects of each coarse size, then signs of each length."""
-    made = [_bank([(kind, Look(""), size) for kind in KINDS]) for size in COARSE_SIZES]
+@lru_cache(maxsize=2)
+def banks(kinds: tuple[str, ...]) -> tuple[Bank, ...]:
+    """The banks, by size: objects of these kinds of each coarse size, then signs of each length."""
+    made = [_bank([(kind, Look(""), size) for kind in kinds]) for size in COARSE_SIZES]
     for letters in range(1, 9):
         width = sign_shape("X" * letters)[0]
         made.append(_bank([("sign", Look(style, letters=letters), width) for style in SIGN_STYLES]))
@@ -336,8 +336,9 @@ def scan(at: View, name: str) -> list[Scan]:
     """The gains of every hypothesis at every place of the coarse picture."""
     found = []
     planes = np.concatenate([at.maps[..., :4], at.front[..., None]], -1)
-    for number, bank in enumerate(banks()):
-        rows, columns, lit_ground, ground = _ground_part(name, at.width, at.height, number)
+    kinds = tuple(KINDS)  # those of `added_kind` as well
+    for number, bank in enumerate(banks(kinds)):
+        rows, columns, lit_ground, ground = _ground_part(name, at.width, at.height, number, kinds)
         maps_here = _around(planes, bank, at, rows, columns)
         patches = _channel_windows(maps_here, *bank.kernel)  # (5, rows, columns, h·w)
         shape = bank.cover_square.sum(0)
@@ -367,10 +368,10 @@ def _around(maps_here: Array, bank: Bank, at: View, rows: range, columns: range)
 
 @lru_cache(maxsize=256)
 def _ground_part(
-    name: str, width: int, height: int, number: int
+    name: str, width: int, height: int, number: int, kinds: tuple[str, ...]
 ) -> tuple[range, range, Array, Array]:
     """What of the gains depends on the background alone, for centres whose objects lie inside."""
-    bank = banks()[number]
+    bank = banks(kinds)[number]
     smallest = bank.extents.min(0) * COARSE / 2
     low_y, low_x = int(smallest[1]), int(smallest[0])
     rows, columns = range(low_y, height - low_y + 1), range(low_x, width - low_x + 1)

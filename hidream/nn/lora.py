@@ -35,15 +35,48 @@ class Branch:
     gain: Float[Tensor, " o"] | None = None
 
 
-class LoraLinear(nn.Module):
-    """A linear layer with a branch; `weight` and `bias` are those of the layer itself."""
+class Adapter(nn.Module):
+    """What is trained of a LoRA's layer: its two matrices, and the lengths of the rows for DoRA.
 
-    def __init__(self, base: Layer, branch: Branch):
+    It starts as no change at all. Dropout falls on what `lora_A` reads, in training alone.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "o ..."],
+        rank: int,
+        alpha: float,
+        *,
+        dora: bool = False,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
-        self.base = base
-        self.lora_A = branch.down
-        self.lora_B = branch.up
-        self.gain = branch.gain
+        out, inner = weight.flatten(1).shape
+        self.alpha_over_rank = alpha / rank
+        self.dropout = dropout
+        drawn = torch.empty(rank, inner).uniform_(-1, 1, generator=generator)
+        self.lora_A = nn.Parameter(drawn / inner**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(out, rank))
+        lengths = torch.linalg.vector_norm(weight.detach().flatten(1).float(), dim=1)
+        self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
+
+    def branch(self, weight: Float[Tensor, "o ..."]) -> Branch:
+        """The branch of a layer of this weight; gradients reach the parameters through it."""
+        return scaled(
+            weight,
+            self.lora_A,
+            self.lora_B,
+            alpha_over_rank=self.alpha_over_rank,
+            scale=1.0,
+            magnitude=self.lora_magnitude_vector,
+        )
+
+
+class _Changed(nn.Module):
+    """A linear layer and more; `weight` and `bias` are those of the layer itself."""
+
+    base: Layer
 
     @property
     def weight(self) -> Tensor:
@@ -53,22 +86,52 @@ class LoraLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias
 
-    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    def changed(self, x: Tensor, read: Tensor, branch: Branch) -> Tensor:
+        """The layer of `x`, and what the branch adds, which reads `read` for it."""
         out = self.base(x)
-        added = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        if self.gain is not None:
+        added = F.linear(F.linear(read, branch.down), branch.up)
+        if branch.gain is not None:
             product = out if self.bias is None else out - self.bias
-            added = added + self.gain * product
+            added = added + branch.gain * product
         return out + added
 
 
+class LoraLinear(_Changed):
+    """A linear layer with a branch."""
+
+    def __init__(self, base: Layer, branch: Branch):
+        super().__init__()
+        self.base = base
+        self.lora_A = branch.down
+        self.lora_B = branch.up
+        self.gain = branch.gain
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        return self.changed(x, x, Branch(self.lora_A, self.lora_B, self.gain))
+
+
+class AdaptedLinear(_Changed):
+    """A linear layer with an adapter: the same numbers, from what is trained."""
+
+    def __init__(self, base: Layer, adapter: Adapter):
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        read = F.dropout(x, self.adapter.dropout, self.adapter.training)
+        return self.changed(x, read, self.adapter.branch(self.weight))
+
+
 def adapted(
-    module: Module, branches: Mapping[str, Branch], whole: Mapping[str, Tensor] | None = None
+    module: Module,
+    branches: Mapping[str, Branch] | Mapping[str, Adapter],
+    whole: Mapping[str, Tensor] | None = None,
 ) -> Module:
     """`module` with these branches, by layer name, and these tensors, by their own, as its own.
 
-    It shares everything else with the module given. Raises AttributeError for a name that the
-    module does not have.
+    It shares everything else with the module given, and its adapters with who trains them. Raises
+    AttributeError for a name that the module does not have.
     """
     whole = whole or {}
     for name in branches:
@@ -81,7 +144,10 @@ def adapted(
 
 
 def _view(
-    module: nn.Module, branches: Mapping[str, Branch], whole: Mapping[str, Tensor], name: str
+    module: nn.Module,
+    branches: Mapping[str, Branch] | Mapping[str, Adapter],
+    whole: Mapping[str, Tensor],
+    name: str,
 ) -> nn.Module:
     below = name and name + "."
     if not any(other == name or other.startswith(below) for other in (*branches, *whole)):
@@ -103,7 +169,10 @@ def _view(
         }
     if name in branches:
         assert isinstance(view, Layer)
-        return LoraLinear(view, branches[name])
+        change = branches[name]
+        if isinstance(change, Adapter):
+            return AdaptedLinear(view, change)
+        return LoraLinear(view, change)
     return view
 
 
@@ -132,12 +201,12 @@ def scaled(
     """The branch that moves a layer `scale` of the way from its weight W to the tuned one, fp32.
 
     LoRA's tuned weight is V = W + alpha/rank · up · down. DoRA's is V with its rows brought to
-    the lengths `magnitude`: g · V, which is V + (g − 1) · V, so W's part of it is a gain. A LoRA
-    does not look at W.
+    the lengths `magnitude`: g · V, which is V + (g − 1) · V, so W's part of it is a gain. No
+    gradient passes through the length of V (section 4.3 of DoRA). A LoRA does not look at W.
     """
     down, up = down.float(), alpha_over_rank * up.float()
     if magnitude is None:
         return Branch(down, scale * up)
     tuned = weight.flatten(1).float() + up @ down
-    g = magnitude.float() / torch.linalg.vector_norm(tuned, dim=1)
+    g = magnitude.float() / torch.linalg.vector_norm(tuned, dim=1).detach()
     return Branch(down, scale * g[:, None] * up, scale * (g - 1))

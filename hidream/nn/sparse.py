@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def sparse_attention(
 ) -> Float[Tensor, "b l h d"]:
     """What every query reads; the picture's whole blocks read what `choose_blocks` says.
 
-    Has no gradients: a choice has none.
+    Gradients are those of what is read; the choice itself has none.
     """
     first, size = sparse.first_query, sparse.size
     num_blocks = min(sparse.num_blocks, (q.shape[1] - first) // size)
@@ -128,8 +128,11 @@ def sparse_attention(
     before, blocks, after = q.split(
         [first, num_blocks * size, q.shape[1] - first - num_blocks * size], dim=1
     )
-    chosen = choose_blocks(blocks, k, sparse)
-    if has_flex(q):
+    with torch.no_grad():
+        chosen = choose_blocks(blocks, k, sparse)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        picture = gather_anew(blocks, k, v, chosen, sparse, bias, read)
+    elif has_flex(q):
         picture = flex(blocks, k, v, chosen, sparse, bias, compiled=True)
     else:
         picture = gather(blocks, k, v, chosen, sparse, bias, read)
@@ -189,6 +192,42 @@ def gather(
                     tables[0].read if tables else None,
                 )[0, :, 0]
     return out
+
+
+def gather_anew(
+    q: Float[Tensor, "b m h d"],
+    k: Float[Tensor, "b s g d"],
+    v: Float[Tensor, "b s g d"],
+    chosen: Int[Tensor, "b h blocks kept"],
+    sparse: Sparse,
+    bias: Float[Tensor, " s"] | None,
+    read: Read,
+) -> Float[Tensor, "b m h d"]:
+    """As `gather`, with gradients: each block's copy is kept for the backward pass."""
+    heads = []
+    for i, head in product(range(len(q)), range(q.shape[2])):
+        shared = head * k.shape[2] // q.shape[2]
+        which = chosen[i, head]
+        keys, values = (_copies(t[i, :, shared], which, sparse)[:, :, None] for t in (k, v))
+        queries = q[i, :, head].unflatten(0, (-1, sparse.size))[:, :, None]
+        if bias is None:
+            out = read(queries, keys, values, None)
+        else:
+            rows = _copies(bias, which, sparse)
+            parts = zip(*(t.split(1) for t in (queries, keys, values)), rows, strict=True)
+            out = torch.cat([read(*part) for part in parts])
+        heads.append(out.flatten(0, 1)[:, 0])
+    return torch.stack(heads).unflatten(0, (len(q), -1)).transpose(1, 2)
+
+
+def _copies(
+    rows: Float[Tensor, "s ..."], which: Int[Tensor, "blocks kept"], sparse: Sparse
+) -> Float[Tensor, "blocks n ..."]:
+    """For every block of queries the rows it reads: the picked, then all that are no block."""
+    first, last = sparse.first_key, sparse.first_key + sparse.num_blocks * sparse.size
+    picked = rows[first:last].unflatten(0, (-1, sparse.size))[which].flatten(1, 2)
+    others = torch.cat([rows[:first], rows[last:]]).expand(len(which), *[-1] * rows.ndim)
+    return torch.cat([picked, others], dim=1)
 
 
 class _Table:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hidream.errors import ModelError
+from hidream.train import shards
+from hidream.train.distributed import World
 from hidream.train.sharding import like, whole
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,39 +47,95 @@ def save(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     keep: int,
-    write: bool = True,
 ) -> Path:
     """Write `run_dir/checkpoints/step-N`, point `latest` at it, keep the newest `keep`.
 
-    A crash at any moment leaves the checkpoint before it whole and current. Of a sharded model
-    every process calls this, and one of them writes (`write`).
+    A crash at any moment leaves the checkpoint before it whole and current.
     """
-    contents = {
+    return write(run_dir, progress, contents(model, ema, optimizers), keep=keep)
+
+
+def contents(
+    model: nn.Module, ema: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, dict[str, Tensor]]:
+    """Copies of all whole tensors, by file; of a sharded model every process must call this."""
+    return {
         FILES[0]: _on_cpu(model.state_dict()),
         FILES[1]: _on_cpu(ema.state_dict()),
         FILES[2]: _on_cpu(optimizer_tensors(model, optimizers)),
     }
-    if not write:
-        return folder_of(run_dir, progress.step)
-    root = run_dir / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    folder = folder_of(run_dir, progress.step)
-    for left in root.glob(".step-*"):  # by a run that was killed while it wrote
-        shutil.rmtree(left)
-    draft = root / f".{folder.name}.{os.getpid()}"
-    draft.mkdir()
+
+
+def parts(
+    model: nn.Module, ema: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """Copies of this process's part of all tensors."""
+    return {
+        **shards.copied(model.state_dict(), "model"),
+        **shards.copied(ema.state_dict(), "ema"),
+        **shards.copied(optimizer_tensors(model, optimizers), "optimizer"),
+    }
+
+
+def write(
+    run_dir: Path, progress: Progress, contents: dict[str, dict[str, Tensor]], *, keep: int
+) -> Path:
+    """What `save` does, with what `contents` copied: one process does it."""
+    draft = _begin(run_dir, progress.step)
     try:
         for name, tensors in contents.items():
             save_file(tensors, draft / name)
-        state = {"format": FORMAT, **vars(progress), "digests": _digests(draft)}
-        (draft / FILES[3]).write_text(json.dumps(state, indent=1))
-        for name in FILES:
-            _sync(draft / name)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
+        digests = {name: shards.digest(draft / name) for name in contents}
+        return _finish(run_dir, progress, draft, digests, keep=keep)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_shards(
+    run_dir: Path, progress: Progress, parts: dict[str, Tensor], world: World, *, keep: int
+) -> Path:
+    """What `save` does, with what `parts` copied: every process does it, with its own."""
+    draft = _draft(run_dir, progress.step)
+    if world.main:
+        _begin(run_dir, progress.step)
+    world.barrier()
+    try:
+        digests = shards.write(draft, parts, world)
+        if world.main:
+            _finish(run_dir, progress, draft, digests, keep=keep)
+        world.barrier()
+    finally:
+        if world.main:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder_of(run_dir, progress.step)
+
+
+def _draft(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f".{folder_of(run_dir, step).name}.draft"
+
+
+def _begin(run_dir: Path, step: int) -> Path:
+    """An empty folder to write into."""
+    draft = _draft(run_dir, step)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    for left in draft.parent.glob(".step-*"):  # by a run that was killed while it wrote
+        shutil.rmtree(left)
+    draft.mkdir()
+    return draft
+
+
+def _finish(
+    run_dir: Path, progress: Progress, draft: Path, digests: dict[str, str], *, keep: int
+) -> Path:
+    """The draft becomes the current checkpoint, and the oldest go."""
+    root, folder = draft.parent, folder_of(run_dir, progress.step)
+    state = {"format": FORMAT, **vars(progress), "digests": digests}
+    (draft / STATE).write_text(json.dumps(state, indent=1))
+    for name in (*digests, STATE):
+        _sync(draft / name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
     pointer = root / ".latest"
     pointer.write_text(folder.name)
     _sync(pointer)
@@ -111,33 +169,39 @@ def current(run_dir: Path) -> Path:
         ) from error
 
 
-def latest(run_dir: Path) -> Path:
+def latest(run_dir: Path, world: World | None = None) -> Path:
     """The current checkpoint's folder; where that is damaged, the newest before it that is not.
 
-    Every file is read, for its digest. Raises ModelError where there is no checkpoint at all, or
-    none that is whole.
+    Every file is read, for its digest; the processes of `world`, which all must call this, share
+    them. Raises ModelError where there is no checkpoint at all, or none that is whole.
     """
     newest = current(run_dir)
     older = [folder_of(run_dir, step) for step in reversed(steps_of(run_dir))]
     for folder in (newest, *(folder for folder in older if folder.name < newest.name)):
         try:
-            verify(folder)
+            verify(folder, world)
             return folder
         except ModelError as error:
-            logger.warning("%s The one before it is used.", error.problem)
+            if world is None or world.main:
+                logger.warning("%s The one before it is used.", error.problem)
     raise ModelError(f"no checkpoint in {run_dir} is whole.", "Start anew, in another folder.")
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, world: World | None = None) -> None:
     """ModelError unless a checkpoint's files are those that were written, by their SHA-256."""
-    progress = _state(folder)
-    try:
-        found = _digests(folder)
-    except OSError as error:
-        raise _broken(folder, f"{error.filename}: {error.strerror}") from error
-    for name, digest in progress.get("digests", {}).items():
-        if found.get(name) != digest:
-            raise _broken(folder, f"{name} is not what was written")
+    world, problem = world or World(), ""
+    digests = _state(folder).get("digests") or dict.fromkeys(FILES)  # the first had none
+    for name in sorted(digests)[world.rank :: world.size]:
+        try:
+            found = shards.digest(folder / name)
+        except OSError as error:
+            problem = f"{name}: {error.strerror}"
+        else:
+            if digests[name] not in (found, None):
+                problem = f"{name} is not what was written"
+    (num_problems,) = world.sum([bool(problem)])
+    if num_problems:
+        raise _broken(folder, problem or "another process found one of its files damaged")
 
 
 def load(
@@ -153,6 +217,9 @@ def load(
     Tensors whose names begin with `may_be_new` keep their values where the checkpoint has none.
     """
     progress = read_progress(folder)
+    if _in_shards(folder):
+        _load_shards(folder, {"model": model, "ema": ema}, optimizers, may_be_new)
+        return progress
     _fill(model, folder / FILES[0], may_be_new)
     if ema is not None:
         _fill(ema, folder / FILES[1], may_be_new)
@@ -163,8 +230,12 @@ def load(
 
 def load_ema(folder: Path, model: nn.Module) -> Progress:
     """Fill `model` with the checkpoint's averaged weights."""
-    _fill(model, folder / FILES[1])
-    return read_progress(folder)
+    progress = read_progress(folder)
+    if _in_shards(folder):
+        _load_shards(folder, {"ema": model})
+    else:
+        _fill(model, folder / FILES[1])
+    return progress
 
 
 def read_progress(folder: Path) -> Progress:
@@ -212,7 +283,7 @@ def restore_optimizers(
 
 def _state(folder: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((folder / FILES[3]).read_text())
+        state: dict[str, Any] = json.loads((folder / STATE).read_text())
         number = state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _broken(folder, f"state.json: {error}") from error
@@ -221,31 +292,78 @@ def _state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file but state.json, which holds them."""
-    found = {}
-    for name in FILES[:3]:
-        with (folder / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    gathered = whole(tensor)
+    own = gathered is tensor and tensor.device.type == "cpu"
+    return (gathered.clone() if own else gathered.cpu()).contiguous()
 
 
 def _fill(module: nn.Module, file: Path, may_be_new: str = "") -> None:
     tensors, own = _read(file), module.state_dict()
     if may_be_new:
         tensors = {n: t for n, t in own.items() if n.startswith(may_be_new)} | tensors
-    different = sorted(tensors.keys() ^ own.keys())
-    different += [n for n in tensors.keys() & own.keys() if tensors[n].shape != own[n].shape]
+    _check_same(file, {n: t.shape for n, t in tensors.items()}, own)
+    module.load_state_dict({name: like(tensor, own[name]) for name, tensor in tensors.items()})
+
+
+def _check_same(
+    place: Path, found: Mapping[str, torch.Size], own: Mapping[str, Tensor], may_be_new: str = ""
+) -> None:
+    different = sorted(found.keys() ^ own.keys())
+    if may_be_new:
+        different = [n for n in different if n in found or not n.startswith(may_be_new)]
+    different += [n for n in found.keys() & own.keys() if found[n] != own[n].shape]
     if different:
         raise ModelError(
-            f"{file} is of another model: they differ in {', '.join(different[:3])}.",
+            f"{place} is of another model: they differ in {', '.join(different[:3])}.",
             "Choose the model that it was trained as, or start anew.",
         )
-    module.load_state_dict({name: like(tensor, own[name]) for name, tensor in tensors.items()})
+
+
+def _in_shards(folder: Path) -> bool:
+    return any(folder.glob(shards.PATTERN))
+
+
+def _load_shards(
+    folder: Path,
+    modules: Mapping[str, nn.Module | None],
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    may_be_new: str = "",
+) -> None:
+    """Fill modules, by what their tensors' names begin with, and optimizers of the `model`."""
+    model = modules.get("model")
+    try:
+        found = shards.shapes(folder)
+        targets: dict[str, Tensor] = {}
+        for prefix, module in modules.items():
+            if module is not None:
+                own, there = module.state_dict(), shards.below(found, prefix)
+                _check_same(folder, there, own, may_be_new)
+                targets |= {f"{prefix}/{name}": own[name] for name in there}
+        states: dict[str, Tensor] = {}
+        if optimizers and model is not None:
+            states = _empty_states(model, shards.below(found, "optimizer"))
+        shards.read(folder, targets | {f"optimizer/{n}": t for n, t in states.items()})
+    except (OSError, SafetensorError) as error:
+        raise _broken(folder, str(error)) from error
+    if optimizers and model is not None:
+        restore_optimizers(model, optimizers, states, folder)
+
+
+def _empty_states(model: nn.Module, found: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Room for optimizer states of these shapes, in shards where the parameter is."""
+    parameters, states = dict(model.named_parameters()), {}
+    for label, shape in found.items():
+        parameter = parameters.get(label.rpartition("/")[0])
+        if parameter is not None and shape == parameter.shape:
+            states[label] = torch.zeros_like(parameter)
+        else:
+            states[label] = torch.zeros(shape)
+    return states
 
 
 def _read(file: Path) -> dict[str, Tensor]:

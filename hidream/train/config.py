@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
+from hidream.train.filter import Filter, check_filter
+from hidream.train.layout import Parallel, check_batches, check_parallel, layout_of
+from hidream.train.objective import Objective, Perceptual, check_objective
 from hidream.world.tasks import SUBJECTS, TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-PARALLELS = ("ddp", "fsdp")
+LORA_KEYS = ("diffusers", "comfyui")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +30,11 @@ class Stage:
     `size` is the side of the square picture in pixels; `batch_size` counts the samples of one step
     over all processes. The rate climbs over the first `warmup` steps from where the stage before
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
-    `tasks` weights the tasks (Hi-DiT has none), `categories` those of
-    text_to_image and of subject (where a task has none: the world's own mix).
+    `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image and of
+    subject (where a task has none: the world's own mix), `filter` says which of their samples are
+    taken. `objective` has what is other than in the recipe's own. `sparsity` of O1 is the share of
+    the attention between blocks of a picture's patches that is left out: the network learns to do
+    without (`hidream.nn.sparse`).
     """
 
     size: int
@@ -39,31 +46,9 @@ class Stage:
     warmup: int = 0
     decay: int = 0
     final_rate: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What is minimised, and how the noise level is drawn. `t = 1 - sigma` (1 is data).
-
-    t = sigmoid(t_mean + t_std * n) with n standard normal, stratified over the step's batch.
-    `delta` bounds the weight 1/sigma^2 from above; `t_power` weights an error by t^t_power besides
-    (see `losses.picture_loss`), and so makes it smaller beside those of text; `lm_weight` scales
-    the cross-entropy of answers and `caption_weight` that of the captions inside picture samples.
-    Of I1 and E1: `balance_weight` scales the loss that spreads tokens over the experts, and an
-    edit's error counts more where source and target differ (`weigh_changes`).
-    """
-
-    noise_scale: float = 1.0
-    t_mean: float = -0.8
-    t_std: float = 0.8
-    delta: float = 0.05
-    t_power: float = 0.0
-    caption_dropout: float = 0.1
-    reference_dropout: float = 0.02
-    lm_weight: float = 0.1
-    caption_weight: float = 0.02
-    balance_weight: float = 0.01
-    weigh_changes: bool = True
+    objective: dict[str, Any] = field(default_factory=dict)
+    filter: Filter = field(default_factory=Filter)
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +136,41 @@ class HiDiTOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Train a LoRA of `init` instead of its weights; `rank` 0 trains the weights.
+
+    `alpha` over the rank scales the change (0: the rank, so the change itself). `targets`: names of
+    layers, or how they end ("q_proj"); none means those of the family (see docs/lora.md). `keys`:
+    whose names the file has, "diffusers" or "comfyui" (none: those of the family); `dtype`: its
+    numbers'.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    dora: bool = False
+    keys: str = ""
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Pictures to learn from (see docs/datasets.md); without a `path`, the procedural world.
+
+    `kind`: one of `hidream.data.dataset.KINDS`. `world` is the share of a step's samples that come
+    from the world all the same. `flip` shows half of them mirrored, where no caption says left or
+    right. `check` unpacks every picture before the run begins.
+    """
+
+    path: str = ""
+    kind: str = "auto"
+    world: float = 0.0
+    flip: bool = False
+    check: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a run: two runs of one recipe on one machine are bit-identical.
 
@@ -177,13 +197,16 @@ class Recipe:
     processes: int = 1
     device: str = "cpu"
     precision: str = "bfloat16"
-    parallel: str = "ddp"
+    parallel: Parallel = field(default_factory=Parallel)
     compile: bool = False
     objective: Objective = field(default_factory=Objective)
+    perceptual: Perceptual = field(default_factory=Perceptual)
     optimizer: Optimizer = field(default_factory=Optimizer)
     buckets: Buckets = field(default_factory=Buckets)
     vae: Autoencoder = field(default_factory=Autoencoder)
     hidit: HiDiTOptions = field(default_factory=HiDiTOptions)
+    lora: Lora = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
     num_tokens: int = 16
     gate_skew: float = 0.0
     log_every: int = 20
@@ -214,6 +237,14 @@ class Recipe:
                 return number, step
             step -= stage.steps
         raise UsageError(f"the recipe has {self.num_steps} steps; there is no step after them.")
+
+    def objective_of(self, stage: int) -> Objective:
+        """The objective of a stage, by its number: the recipe's, with the stage's own changes."""
+        return dataclasses.replace(self.objective, **self.stages[stage].objective)
+
+    def at(self, step: int) -> Recipe:
+        """The recipe with the objective of the stage of `step`."""
+        return dataclasses.replace(self, objective=self.objective_of(self.locate(step)[0]))
 
     def first_sample(self, step: int) -> int:
         """Global index of the first sample of `step`: the number of samples drawn before it."""
@@ -246,6 +277,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the TOML file `path`, with `key=value` overrides (dotted: `stages.0.steps=10`).
 
+    `data=PATH` is short for `data.path=PATH`.
+
     Raises InputError for a file that cannot be read, UsageError for keys or values it does not
     know, naming the nearest key.
     """
@@ -264,7 +297,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """A checked recipe from plain values; raises UsageError naming the key that is wrong."""
+    if isinstance(data, dict) and isinstance(data.get("parallel"), str):
+        data = data | {"parallel": dataclasses.asdict(Parallel.named(data["parallel"]))}
     recipe = _build(Recipe, data, "")
+    for number, stage in enumerate(recipe.stages):
+        where, changes = f"stages.{number}.objective", stage.objective
+        typed = _build(Objective, changes, where)
+        changes.update({key: getattr(typed, key) for key in changes})
+        check_objective(recipe.objective_of(number), where if changes else "objective")
     _check(recipe)
     return recipe
 
@@ -277,6 +317,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    if key == "data" and not isinstance(value, dict):
+        key, value = "data.path", text.strip("\"'")
     *parents, last = key.split(".")
     node: Any = data
     for part in parents:
@@ -317,7 +359,13 @@ def _build(cls: type, data: Any, where: str) -> Any:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if not isinstance(value, bool) and isinstance(value, int | float | str):
+            return value if isinstance(value, str) else float(value)
+        raise UsageError(f"{where} = {value!r} is not a float or str.")
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
             return tuple(_value(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
@@ -350,30 +398,56 @@ def _check(recipe: Recipe) -> None:
         recipe.precision in PRECISIONS,
         f'precision = "{recipe.precision}" must be one of {", ".join(PRECISIONS)}.',
     )
+    check_parallel(
+        recipe.parallel, muon=recipe.optimizer.muon > 0, float16=recipe.precision == "float16"
+    )
+    lora = recipe.lora
     require(
-        recipe.parallel in PARALLELS,
-        f'parallel = "{recipe.parallel}" must be one of {", ".join(PARALLELS)}.',
+        lora.rank >= 0 and lora.alpha >= 0 and 0 <= lora.dropout < 1,
+        "lora.rank and lora.alpha must not be negative, and lora.dropout must lie in 0 … 1.",
     )
     require(
-        recipe.parallel == "ddp" or (recipe.optimizer.muon == 0 and recipe.precision != "float16"),
-        'parallel = "fsdp" goes with optimizer.muon = 0 and any precision but float16.',
+        lora.keys in ("", *LORA_KEYS),
+        f'lora.keys = "{lora.keys}" must be one of {", ".join(LORA_KEYS)}.',
+    )
+    require(
+        lora.dtype in PRECISIONS,
+        f'lora.dtype = "{lora.dtype}" must be one of {", ".join(PRECISIONS)}.',
+    )
+    require(
+        lora.rank == 0 or not (recipe.parallel.shards_weights or recipe.parallel.sp > 1),
+        "a LoRA is trained with [parallel] replicate alone: what is frozen is whole everywhere.",
+    )
+    require(
+        lora.rank == 0 or bool(recipe.init),
+        "lora.rank needs the model that the LoRA is for: init = FOLDER.",
+    )
+    require(
+        0 <= recipe.data.world < 1,
+        f"data.world = {recipe.data.world} must be at least 0 and less than 1.",
     )
     require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
-    require(
-        recipe.processes == 1 or recipe.device == "cpu",
-        f'processes = {recipe.processes} needs device = "cpu".',
-    )
     named = [(f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)]
     named += [(f"vae.stages.{i}", stage) for i, stage in enumerate(recipe.vae.stages)]
     for where, stage in named:
         require(stage.steps >= 1, f"{where}.steps = {stage.steps} must be at least 1.")
         require(stage.size >= 1, f"{where}.size = {stage.size} must be positive.")
         require(
-            stage.batch_size >= 1 and stage.batch_size % recipe.processes == 0,
-            f"{where}.batch_size = {stage.batch_size} must be a positive multiple of "
-            f"processes = {recipe.processes}.",
+            stage.batch_size >= 1, f"{where}.batch_size = {stage.batch_size} must be at least 1."
         )
         require(stage.learning_rate > 0, f"{where}.learning_rate must be positive.")
+        check_filter(stage.filter, f"{where}.filter")
+        require(
+            0 <= stage.sparsity < 1, f"{where}.sparsity = {stage.sparsity} must lie in 0 … below 1."
+        )
+        require(
+            stage.sparsity == 0 or (recipe.family == "o1" and not recipe.compile),
+            f"{where}.sparsity = {stage.sparsity} goes with an O1 and compile = false.",
+        )
+        require(
+            stage.sparsity == 0 or recipe.parallel.sp == recipe.parallel.tp == 1,
+            f"{where}.sparsity = {stage.sparsity} goes with parallel.sp = 1 and parallel.tp = 1.",
+        )
         require(
             min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
             f"{where}: warmup + decay must fit into its {stage.steps} steps.",
@@ -394,6 +468,9 @@ def _check(recipe: Recipe) -> None:
                 not required or sum(weights.values()) > 0,
                 f"{where}.{table} names nothing with a weight.",
             )
+    if recipe.processes > 1:  # else, the group that starts the run says how many there are
+        layout = layout_of(recipe.parallel, recipe.processes)
+        check_batches(layout, {f"{where}.batch_size": s.batch_size for where, s in named})
 
 
 def _join(where: str, key: str) -> str:

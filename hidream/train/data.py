@@ -24,37 +24,49 @@ from hidream.models.o1.tokens import (
     encode_text,
 )
 from hidream.train.config import Recipe, Stage
+from hidream.train.datasets import Pictured, Size, TrainingData
 from hidream.train.draws import (
+    MAX_DRAWS,
+    REDRAW,
     Stream,
+    candidate,
     draw_noise,
-    draw_sample,
+    draw_place,
     generator,
     noise_levels,
     task_of,
 )
+from hidream.train.objective import Objective
 from hidream.world.tasks import Sample
 
 TEXT_TASKS = ("language", "understanding")
-MAX_DRAWS = 10_000
-REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reaches
+WHOLE = 8  # the words of a dataset's samples are padded to a multiple of it: shapes stay few
 
 
 @dataclass(frozen=True)
 class TrainBatch:
     """One process's share of a step; all its samples are of one task.
 
-    `picture` is false for tasks of text alone: x0, noise and sigma are then empty.
+    `picture` is false for tasks of text alone: x0 and noise are then empty. `levels` are the
+    sigmas of all processes' samples, `places` where in its picture LPIPS looks.
     `num_labels` counts the positions with a text loss. `redrawn`: samples longer than every bucket
-    that were replaced before the step's first one was found.
+    that were replaced before the step's first one was found; `corrupt`: pictures that could not be
+    read, and were.
     """
 
     task: str
+    objective: Objective
     batch: Batch
     x0: Float[Tensor, "b n p"]
     noise: Float[Tensor, "b n p"]
     sigma: Float[Tensor, " b"]
+    levels: Float[Tensor, " n"]
+    places: Float[Tensor, "b 2"]
+    grid: tuple[int, int]
     num_labels: int
     redrawn: int
+    sparsity: float = 0.0
+    corrupt: int = 0
 
     @property
     def picture(self) -> bool:
@@ -68,6 +80,8 @@ class TrainBatch:
             x0=self.x0.to(device),
             noise=self.noise.to(device),
             sigma=self.sigma.to(device),
+            levels=self.levels.to(device),
+            places=self.places.to(device),
         )
 
 
@@ -86,15 +100,23 @@ class Shape:
 
 
 def make_batch(
-    recipe: Recipe, config: O1Config, tokenizer: Tokenizer, step: int, rank: int = 0, world: int = 1
+    recipe: Recipe,
+    config: O1Config,
+    tokenizer: Tokenizer,
+    step: int,
+    rank: int = 0,
+    world: int = 1,
+    data: TrainingData | None = None,
 ) -> TrainBatch:
     """Process `rank`'s samples of `step`: rank, rank + world, … of the step's global batch.
 
     Sample i of the run is the same whatever the number of processes. The first sample of a step
     decides its shape; the others are drawn until they have it, so each is distributed as if it
-    were drawn alone.
+    were drawn alone. With `data`, they come from there, and share a size alone.
     """
-    number, _ = recipe.locate(step)
+    recipe, (number, _) = recipe.at(step), recipe.locate(step)
+    if data is not None:
+        return _data_batch(recipe, config, tokenizer, data, step, rank, world)
     stage, task = recipe.stages[number], task_of(recipe, step)
     first = recipe.first_sample(step)
     places = range(rank, stage.batch_size, world)
@@ -102,11 +124,59 @@ def make_batch(
     shape = _shape_of(recipe, tokenizer, task, leader)
     assert shape is not None
     samples = [_draw(recipe, tokenizer, stage, task, first + place, shape)[0] for place in places]
+    size = (stage.size, stage.size)
     encoded = [
-        encode_sample(recipe, config, tokenizer, stage, sample, first + place)
+        encode_sample(recipe, config, tokenizer, size, sample, first + place)
         for sample, place in zip(samples, places, strict=True)
     ]
-    num_text, num_references = padded_lengths(config, tokenizer, stage.size, task, shape)
+    lengths = padded_lengths(config, tokenizer, stage.size, task, shape)
+    made = _together(recipe, config, task, size, samples, encoded, lengths, step, rank, world)
+    return replace(made, redrawn=redrawn)
+
+
+def _data_batch(
+    recipe: Recipe,
+    config: O1Config,
+    tokenizer: Tokenizer,
+    data: TrainingData,
+    step: int,
+    rank: int,
+    world: int,
+) -> TrainBatch:
+    """As `make_batch`, of samples that differ in the lengths of words and references."""
+    drawn, first = data.draw(step, rank, world), recipe.first_sample(step)
+    encoded = [
+        encode_sample(recipe, config, tokenizer, drawn.size, sample, first + rank + i * world)
+        for i, sample in enumerate(drawn.samples)
+    ]
+    num_text = max(len(tokens.input_ids) for tokens, _ in encoded)
+    num_references = max(len(tokens.references) for tokens, _ in encoded)
+    lengths = (-(-num_text // WHOLE) * WHOLE, num_references)
+    made = _together(
+        *(recipe, config, drawn.task, drawn.size, drawn.samples, encoded, lengths),
+        *(step, rank, world),
+    )
+    return replace(made, corrupt=drawn.corrupt)
+
+
+def _together(
+    recipe: Recipe,
+    config: O1Config,
+    task: str,
+    size: Size,
+    samples: Sequence[Sample | Pictured],
+    encoded: Sequence[tuple[Tokens, slice]],
+    lengths: tuple[int, int],
+    step: int,
+    rank: int,
+    world: int,
+) -> TrainBatch:
+    """Encoded samples of one size as a batch, padded to `lengths` (text, reference patches), with
+    pictures, noise and noise levels."""
+    number, _ = recipe.locate(step)
+    batch_size, first = recipe.stages[number].batch_size, recipe.first_sample(step)
+    places = range(rank, batch_size, world)
+    num_text, num_references = lengths
     batch = collate(
         [tokens for tokens, _ in encoded],
         num_text=num_text,
@@ -115,22 +185,27 @@ def make_batch(
     )
     if task in TEXT_TASKS:
         x0 = noise = torch.zeros(len(samples), 0, config.patch_dim)
-        sigma = torch.zeros(len(samples))
+        levels = torch.zeros(batch_size)
     else:
-        pictures = [Image.fromarray(s.target(stage.size, stage.size)) for s in samples]
+        pictures = [Image.fromarray(s.target(*size)) for s in samples]
         x0 = patchify(torch.stack([to_tensor(p) for p in pictures]), config.patch_size)
         noise = torch.stack(
             [draw_noise(recipe.seed, first + i, tuple(x0.shape[1:])) for i in places]
         )
-        sigma = noise_levels(recipe, stage.batch_size, step)[rank::world]
+        levels = noise_levels(recipe, batch_size, step, x0.shape[1])
     return TrainBatch(
         task=task,
+        objective=recipe.objective,
         batch=batch,
         x0=x0,
         noise=noise,
-        sigma=sigma,
+        sigma=levels[rank::world],
+        levels=levels,
+        places=torch.stack([draw_place(recipe.seed, first + place) for place in places]),
+        grid=encoded[0][0].grid,
         num_labels=int((batch.labels != IGNORE).sum()),
-        redrawn=redrawn,
+        redrawn=0,
+        sparsity=recipe.stages[number].sparsity,
     )
 
 
@@ -143,19 +218,20 @@ def padded_lengths(
     if task in TEXT_TASKS:
         tokens = encode_text(tokenizer, config, "", blank, [tokenizer.special["<|im_end|>"]])
     else:
-        prepared = _prepare(config, size, blank)  # a layout's picture is as large as a reference
+        # a layout's picture is as large as a reference
+        prepared = _prepare(config, (size, size), blank)
         tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
     return len(tokens.input_ids) + shape.longest, len(tokens.references)
 
 
 def _prepare(
-    config: O1Config, size: int, pictures: list[Image.Image], layout: Sequence[Box] = ()
+    config: O1Config, size: Size, pictures: list[Image.Image], layout: Sequence[Box] = ()
 ) -> list[Image.Image]:
     return prepare_references(
         pictures,
         layout,
-        width=size,
-        height=size,
+        width=size[0],
+        height=size[1],
         patch_size=config.patch_size,
         budgets=config.budgets,
     )
@@ -169,12 +245,13 @@ def _draw(
     index: int,
     shape: Shape | None,
 ) -> tuple[Sample, int]:
-    """Sample `index`, or its first replacement that has `shape` (any, if None), and how many of
-    those before it were too long for every bucket."""
+    """Sample `index`, or its first replacement that the stage's filter admits and that has `shape`
+    (any, if None), and how many of those before it were too long for every bucket."""
     too_long = 0
     for draw in range(MAX_DRAWS):
-        place = index + draw * REDRAW
-        sample = draw_sample(recipe, stage, task, place)
+        sample = candidate(recipe, stage, task, index + draw * REDRAW)
+        if not stage.filter.admits(sample.prompt):
+            continue
         if shape is not None:
             if shape.holds(_num_words(tokenizer, sample), _num_pictures(sample)):
                 return sample, too_long
@@ -183,8 +260,9 @@ def _draw(
         else:
             too_long += 1
     raise ModelError(
-        f"no sample of task {task} fits buckets.{task} = {list(recipe.buckets.of(task))}.",
-        "Give longer buckets in the recipe.",
+        f"no sample of task {task} passes the stage's filter and fits buckets.{task} = "
+        f"{list(recipe.buckets.of(task))}.",
+        "Give longer buckets in the recipe, or loosen [stages.filter].",
     )
 
 
@@ -214,18 +292,19 @@ def encode_sample(
     recipe: Recipe,
     config: O1Config,
     tokenizer: Tokenizer,
-    stage: Stage,
-    sample: Sample,
+    size: Size,
+    sample: Sample | Pictured,
     index: int,
 ) -> tuple[Tokens, slice]:
     """A sample's tokens and the stretch of its text that carries a loss: caption or answer."""
-    pictures = [Image.fromarray(p) for p in sample.reference_pictures(stage.size, stage.size)]
+    pictures = [Image.fromarray(p) for p in sample.reference_pictures(*size)]
     if sample.task in TEXT_TASKS:
         answer = [*tokenizer.encode(sample.answer), tokenizer.special["<|im_end|>"]]
         tokens = encode_text(tokenizer, config, sample.prompt, pictures, answer)
         num_text = len(tokens.input_ids)
         return tokens, slice(num_text - len(answer), num_text)
-    prompt, layout, objective = sample.prompt, sample.layout, recipe.objective
+    prompt, objective = sample.prompt, recipe.objective
+    layout = sample.layout if isinstance(sample, Sample) else ()
     drop_caption, drop_references = generator(recipe.seed, Stream.DROPOUT, index).random(2)
     if drop_caption < objective.caption_dropout:
         prompt = UNCONDITIONAL_PROMPT
@@ -235,9 +314,9 @@ def encode_sample(
         tokenizer,
         config,
         prompt,
-        _prepare(config, stage.size, pictures, layout),
-        width=stage.size,
-        height=stage.size,
+        _prepare(config, size, pictures, layout),
+        width=size[0],
+        height=size[1],
     )
     dropped = prompt is UNCONDITIONAL_PROMPT or not objective.caption_weight
     end = tokens.caption.stop

@@ -13,15 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hidream.errors import UsageError
+from hidream.train.sharding import local
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place: `rank` of `size`, on `device`. Size 1 needs no process group."""
+    """This process's place: `rank` of `size`, on `device`. Size 1 needs no process group.
+
+    `group`: who these processes are; without one, all that there are.
+    """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -31,29 +36,36 @@ class World:
     def start_sum(self, value: float) -> "PendingSum":
         """Begin to sum `value` over all processes; `.wait()` gives the result."""
         tensor = torch.tensor(value, dtype=torch.float64)
-        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+        work = dist.all_reduce(tensor, group=self.group, async_op=True) if self.size > 1 else None
         return PendingSum(tensor, work, self.size)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all processes."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor.tolist()
 
-    @torch.no_grad()
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace every gradient by its mean over the processes: one flat fp32 all-reduce.
 
         A parameter without a gradient keeps none; all processes run the same task in a step, so
-        they agree on which those are.
+        they agree on which those are. Of a sharded one, each has its own shard's.
         """
+        self._reduce_gradients(parameters, self.size)
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """The same with the sum instead of the mean."""
+        self._reduce_gradients(parameters, 1)
+
+    @torch.no_grad()
+    def _reduce_gradients(self, parameters: Sequence[Tensor], divisor: int) -> None:
         if self.size == 1:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.size
+        dist.all_reduce(flat, group=self.group)
+        flat /= divisor
         pieces = flat.split([g.numel() for g in gradients])
         torch._foreach_copy_(
             gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)]
@@ -62,12 +74,12 @@ class World:
     def sum_in_place(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over the processes."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 @dataclass(frozen=True)

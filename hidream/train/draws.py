@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from statistics import NormalDist
 
@@ -10,9 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hidream.errors import ModelError
+from hidream.sampling.schedules import shift_sigma
 from hidream.train.config import Recipe, Stage
 from hidream.world import tasks
 from hidream.world.tasks import Sample
+
+MAX_DRAWS = 10_000
+REDRAW = 1 << 40  # replacement samples lie beyond every index that a run reaches
 
 
 class Stream(IntEnum):
@@ -25,6 +31,10 @@ class Stream(IntEnum):
     CATEGORY = 4
     PIXELS = 5
     ORDER = 6
+    ADAPTERS = 7
+    SOURCE = 8
+    FLIP = 9
+    CROP = 10
 
 
 def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
@@ -46,6 +56,20 @@ def weighted(weights: dict[str, float], dice: np.random.Generator) -> str:
 
 
 def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
+    """Sample `index` of a task, or its first replacement that the stage's filter admits.
+
+    Raises ModelError where that is none of very many.
+    """
+    for draw in range(MAX_DRAWS):
+        sample = candidate(recipe, stage, task, index + draw * REDRAW)
+        if stage.filter.admits(sample.prompt):
+            return sample
+    raise ModelError(
+        f"no sample of task {task} passes the stage's filter.", "Loosen [stages.filter]."
+    )
+
+
+def candidate(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
     """The world's sample `index` of a task, of one of the stage's categories if it names some."""
     category = None
     own = {name: w for name, w in stage.categories.items() if w and tasks.task_of(name) == task}
@@ -54,16 +78,27 @@ def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
     return tasks.sample(task, recipe.seed, index, category=category)
 
 
-def noise_levels(recipe: Recipe, batch_size: int, step: int) -> Float[Tensor, " b"]:
-    """sigma = 1 - t of a step's samples; t = sigmoid(mean + std n), n stratified: Phi^-1((i+U)/B).
+def noise_levels(
+    recipe: Recipe, batch_size: int, step: int, num_tokens: int | Sequence[int]
+) -> Float[Tensor, " b"]:
+    """sigma = 1 - t of a step's samples, whose pictures have `num_tokens` (each, or all alike).
 
-    The samples are independent of their place i in the batch, so the strata need no shuffling.
+    t = F^-1((i + U) / B) is stratified over the B samples, F being the objective's distribution;
+    then shifted (see `Objective`). The samples are independent of their place i in the batch, so
+    the strata need no shuffling.
     """
+    objective = recipe.at(step).objective
     draws = generator(recipe.seed, Stream.LEVEL, step).random(batch_size)
-    quantiles = np.clip((np.arange(batch_size) + draws) / batch_size, 1e-6, 1 - 1e-6)
-    normal = np.array([NormalDist().inv_cdf(q) for q in quantiles])
-    t = 1 / (1 + np.exp(-(recipe.objective.t_mean + recipe.objective.t_std * normal)))
-    return torch.from_numpy((1 - t).astype(np.float32))
+    t = np.clip((np.arange(batch_size) + draws) / batch_size, 1e-6, 1 - 1e-6)
+    if objective.timesteps == "logit-normal":
+        normal = np.array([NormalDist().inv_cdf(quantile) for quantile in t])
+        t = 1 / (1 + np.exp(-(objective.t_mean + objective.t_std * normal)))
+    lengths = [num_tokens] * batch_size if isinstance(num_tokens, int) else num_tokens
+    shifted = [
+        shift_sigma(1 - float(level), objective.shift_of(length))
+        for level, length in zip(t, lengths, strict=True)
+    ]
+    return torch.tensor(shifted, dtype=torch.float32)
 
 
 def draw_noise(
@@ -72,3 +107,8 @@ def draw_noise(
     """Standard normal noise of the run's sample `index`."""
     draws = generator(seed, stream, index).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(draws)
+
+
+def draw_place(seed: int, index: int) -> Float[Tensor, " 2"]:
+    """Where in the picture of the run's sample `index` a crop lies: down and right, in 0 … 1."""
+    return torch.from_numpy(generator(seed, Stream.CROP, index).random(2).astype(np.float32))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hidream.models.i1.model import I1
-from hidream.train.config import Stage
+from hidream.train.datasets import Pictured, Size
 from hidream.train.draws import draw_sample
 from hidream.train.grids import montage
 from hidream.train.i1 import I1Learner, LatentBatch
@@ -30,13 +30,17 @@ class E1Learner(I1Learner):
     task = "edit"
 
     def _with_sources(
-        self, batch: LatentBatch, samples: Sequence[Sample], stage: Stage, dropped: Sequence[float]
+        self,
+        batch: LatentBatch,
+        samples: Sequence[Sample | Pictured],
+        size: Size,
+        dropped: Sequence[float],
     ) -> LatentBatch:
-        source = self._latents([s.reference_pictures(stage.size, stage.size)[0] for s in samples])
+        source = self._latents([s.reference_pictures(*size)[0] for s in samples])
         weight = None
-        if self.recipe.objective.weigh_changes:
+        if batch.objective.weigh_changes:
             weight = weight_of_changes(batch.x0, source)
-        keeps = [drop >= self.recipe.objective.reference_dropout for drop in dropped]
+        keeps = [drop >= batch.objective.reference_dropout for drop in dropped]
         kept = torch.tensor(keeps)[:, None, None, None]
         return replace(batch, source=source * kept, weight=weight)
 

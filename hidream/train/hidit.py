@@ -61,6 +61,7 @@ class HiDiTBatch:
     pixel_noise: Float[Tensor, "g 3 height width"]
     num_labels: int = 0
     redrawn: int = 0
+    corrupt: int = 0
 
     def to(self, device: torch.device | str) -> HiDiTBatch:
         if torch.device(device).type == "cpu":

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from hidream import registry
 from hidream.errors import UsageError
+from hidream.folder import read_config
+from hidream.lora_file import linear_layers
 from hidream.models.i1.config import SIZES, I1Config
 from hidream.models.i1.model import I1, Features
 from hidream.models.i1.text import TextEncoders, Texts
-from hidream.models.i1.weights import load_i1, save_i1
+from hidream.models.i1.weights import load_i1, open_i1, save_i1
 from hidream.models.vae import LatentCodec
 from hidream.nn.moe import MixtureOfExperts
 from hidream.pipelines.base import Counter
@@ -28,7 +30,8 @@ from hidream.pipelines.latent import LatentJob, denoise_latents
 from hidream.request import GenerateRequest, resolve
 from hidream.sampling import add_noise
 from hidream.train import encoders
-from hidream.train.config import Recipe, Stage
+from hidream.train.config import Recipe
+from hidream.train.datasets import Pictured, Size, TrainingData
 from hidream.train.distributed import PendingSum, World
 from hidream.train.draws import (
     Stream,
@@ -42,6 +45,7 @@ from hidream.train.export import put_in_place
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import velocity_loss
+from hidream.train.objective import Objective
 from hidream.train.vae import pixels
 from hidream.world.tasks import Sample
 
@@ -58,6 +62,7 @@ class LatentBatch:
     """
 
     task: str
+    objective: Objective
     features: Features
     x0: Float[Tensor, "b c h w"]
     noise: Float[Tensor, "b c h w"]
@@ -66,6 +71,7 @@ class LatentBatch:
     weight: Float[Tensor, "b 1 h w"] | None = None
     num_labels: int = 0
     redrawn: int = 0
+    corrupt: int = 0
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """The same on another device; the features follow the network by themselves."""
@@ -87,9 +93,14 @@ class I1Learner(Learner):
     """
 
     task = "text_to_image"
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t"),
+        *("w1", "w2", "w3"),  # of experts and all others; a gate keeps its choices
+    )
 
     def __init__(self, recipe: Recipe, world: World | None = None):
         super().__init__(recipe, world)
+        self.data = self.open_data(recipe)
         world = world or World()
         self.config = model_config(recipe)
         _check_tasks(recipe, self.task)
@@ -116,6 +127,35 @@ class I1Learner(Learner):
                 "Give vae.channels as many.",
             )
 
+    @classmethod
+    def open_data(cls, recipe: Recipe) -> TrainingData | None:
+        if not recipe.data.path:
+            return None
+        if not recipe.init:
+            raise UsageError(
+                "data.path needs a whole model to begin with.",
+                "Give init = FOLDER: an autoencoder learns on the world alone.",
+            )
+        read = TextEncoders.open(recipe.init, device="cpu", dtype=torch.float32)
+
+        def fits(task: str, caption: str) -> str:
+            cut = read.cut(Texts.of(caption))
+            whole = len(cut) < len(encoders.PARTS)  # one of them reads all of it
+            return "" if whole else f"its caption is too long: {cut[-1].rstrip('.')}"
+
+        config, _ = read_config(Path(recipe.init) / "vae")
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        return TrainingData(recipe, factor * model_config(recipe).patch_size, fits)
+
+    def lora_layers(self) -> list[str]:
+        folder, _ = open_i1(self.recipe.init)
+        shapes = {name: info.shape for name, info in folder.tensors.items()}
+        return list(linear_layers(shapes))
+
+    def describe(self) -> None:
+        if self.data is not None:
+            self.data.describe()
+
     def _open_encoders(self) -> TextEncoders:
         opened = TextEncoders.open(self.texts, device="cpu", dtype=torch.float32, max_kept=MAX_KEPT)
         opened.check(self.config)
@@ -132,27 +172,40 @@ class I1Learner(Learner):
         return model.requires_grad_(True).train()
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> LatentBatch:
-        recipe = self.recipe
+        recipe = self.recipe.at(step)
         number, _ = recipe.locate(step)
         stage, task, first = recipe.stages[number], task_of(recipe, step), recipe.first_sample(step)
         indices = [first + place for place in range(rank, stage.batch_size, world)]
-        samples = [draw_sample(recipe, stage, task, index) for index in indices]
+        size, corrupt = (stage.size, stage.size), 0
+        samples: Sequence[Sample | Pictured]
+        if self.data is None:
+            samples = [draw_sample(recipe, stage, task, index) for index in indices]
+        else:
+            drawn = self.data.draw(step, rank, world)
+            samples, size, corrupt = drawn.samples, drawn.size, drawn.corrupt
         dropped = [generator(recipe.seed, Stream.DROPOUT, index).random(2) for index in indices]
         keeps = [float(drop[0]) >= recipe.objective.caption_dropout for drop in dropped]
         prompts = [s.prompt if keep else "" for s, keep in zip(samples, keeps, strict=True)]
-        x0 = self._latents([s.target(stage.size, stage.size) for s in samples])
+        x0 = self._latents([s.target(*size) for s in samples])
         shape = tuple(x0.shape[1:])
+        num_tokens = shape[1] * shape[2] // self.config.patch_size**2
         batch = LatentBatch(
             task=task,
+            objective=recipe.objective,
             features=self.encoders.encode([Texts.of(prompt) for prompt in prompts]),
             x0=x0,
             noise=torch.stack([draw_noise(recipe.seed, index, shape) for index in indices]),
-            sigma=noise_levels(recipe, stage.batch_size, step)[rank::world],
+            sigma=noise_levels(recipe, stage.batch_size, step, num_tokens)[rank::world],
+            corrupt=corrupt,
         )
-        return self._with_sources(batch, samples, stage, [float(drop[1]) for drop in dropped])
+        return self._with_sources(batch, samples, size, [float(drop[1]) for drop in dropped])
 
     def _with_sources(
-        self, batch: LatentBatch, samples: Sequence[Sample], stage: Stage, dropped: Sequence[float]
+        self,
+        batch: LatentBatch,
+        samples: Sequence[Sample | Pictured],
+        size: Size,
+        dropped: Sequence[float],
     ) -> LatentBatch:
         """The batch with what an edit has besides."""
         return batch
@@ -162,7 +215,7 @@ class I1Learner(Learner):
 
     def losses(self, model: I1, batch: LatentBatch, labels: PendingSum) -> Losses:
         """`load_max`: of the busiest expert of all blocks, over the mean."""
-        objective = self.recipe.objective
+        objective = batch.objective
         x_t = add_noise(batch.x0, batch.noise, batch.sigma)
         with self.precision():
             prediction = model(x_t, batch.sigma, batch.features, source=batch.source)
@@ -183,7 +236,11 @@ class I1Learner(Learner):
     def grid(self, model: I1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)
         size = self.recipe.stages[number].size
-        requests = [self._resolved(prompt, i, size) for i, prompt in enumerate(PROMPTS)]
+        prompts: tuple[str, ...] = PROMPTS
+        if self.data is not None:
+            own = [item.caption for item in self.data.first(self.task, len(PROMPTS) // 2)]
+            prompts = (*own, *PROMPTS)[: len(PROMPTS)]
+        requests = [self._resolved(prompt, i, size) for i, prompt in enumerate(prompts)]
         jobs = [self._job(request) for request in requests]
         return montage(self._drawn(model, jobs), size)
 

@@ -15,6 +15,7 @@ from types import FrameType
 
 from hidream.errors import HidreamError, UsageError
 from hidream.train.config import Recipe, load_recipe
+from hidream.train.layout import layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +36,21 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = F
     130. Raises UsageError, InputError, or HidreamError for a process that failed.
     """
     recipe = load_recipe(recipe_path, overrides)
-    runs = [r for r in (recipe.before, recipe) if r is not None]
-    started = any((r.run_dir / "checkpoints" / "latest").exists() for r in runs)
-    if started and not resume:
+    if recipe.processes > 1 and recipe.device != "cpu":
         raise UsageError(
-            f"{recipe.run_dir} already holds a run.",
-            "Continue it with --resume, or give another folder with out=FOLDER.",
+            f'processes = {recipe.processes} needs device = "cpu".',
+            "On GPUs, start them with torchrun: torchrun --nproc-per-node N -m hidream train ...",
         )
-    recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    (recipe.run_dir / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1))
+    if recipe.data.path:
+        check_data(recipe)
+    layout = layout_of(recipe.parallel, recipe.processes)
+    if max(layout.sp, layout.tp) > 1:
+        from hidream.train.learner import learner_of
+        from hidream.train.parallel import check_divisible
+
+        check_divisible(layout, learner_of(recipe))
+    refuse_second_run(recipe, resume)
+    write_recipe(recipe)
     with tempfile.TemporaryDirectory(prefix="hidream-train-") as meeting:
         children = [
             subprocess.Popen(
@@ -54,6 +61,35 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = F
             for rank in range(recipe.processes)
         ]
         return _wait(children)
+
+
+def refuse_second_run(recipe: Recipe, resume: bool) -> None:
+    """UsageError where the run's folder holds a run already, which is not to be resumed."""
+    runs = [r for r in (recipe.before, recipe) if r is not None]
+    started = any((r.run_dir / "checkpoints" / "latest").exists() for r in runs)
+    if started and not resume:
+        raise UsageError(
+            f"{recipe.run_dir} already holds a run.",
+            "Continue it with --resume, or give another folder with out=FOLDER.",
+        )
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Note the recipe in the run's folder."""
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    (recipe.run_dir / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1))
+
+
+def check_data(recipe: Recipe) -> None:
+    """Say what the recipe's dataset is; InputError with all that is wrong with it."""
+    from hidream.train.learner import class_of
+
+    data = class_of(recipe).open_data(recipe)
+    if data is not None:
+        if recipe.data.check:
+            data.unpack_all()
+        for line in (data.summary, *data.dataset.notes):
+            logger.info("%s", line)
 
 
 def worker_command(recipe: Recipe, rank: int, store: Path, resume: bool) -> list[str]:

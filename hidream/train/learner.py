@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hidream.errors import UsageError
 from hidream.train.config import Recipe
+from hidream.train.datasets import TrainingData
 from hidream.train.distributed import PendingSum, World
 
 FAMILIES = {
@@ -31,13 +32,16 @@ class StepBatch(Protocol):
     """One process's share of a step's samples.
 
     `num_labels`: what its losses are divided by, summed over the processes (see `Learner.losses`).
-    `redrawn`: samples that did not fit and were replaced.
+    `redrawn`: samples that did not fit and were replaced; `corrupt`: pictures that could not be
+    read, and were.
     """
 
     @property
     def num_labels(self) -> int: ...
     @property
     def redrawn(self) -> int: ...
+    @property
+    def corrupt(self) -> int: ...
     def to(self, device: torch.device | str) -> StepBatch: ...
 
 
@@ -52,10 +56,15 @@ class Losses:
 class Learner(ABC):
     """A family, for one recipe. Every process of `world` has one of its own.
 
-    `may_be_new`: how names of tensors begin that a run may lack which this one starts from.
+    `may_be_new`: how names of tensors begin that a run may lack which this one starts from;
+    `result`: what `export` writes into the run's folder; `lora_targets`: how the names of the
+    layers end that a LoRA changes (none: there are no LoRAs), `lora_keys`: whose names it has.
     """
 
     may_be_new: str = ""
+    result: str = "model"
+    lora_targets: tuple[str, ...] = ()
+    lora_keys: str = "diffusers"
 
     def __init__(self, recipe: Recipe, world: World | None = None):
         self.recipe = recipe
@@ -78,14 +87,36 @@ class Learner(ABC):
 
     @abstractmethod
     def export(self, model: Any, out_dir: Path) -> Path:
-        """Write the averaged weights as a folder in the published layout."""
+        """Write the averaged weights as a folder in the published layout, or as a LoRA's file."""
 
     def describe(self) -> None:  # noqa: B027 (most families have nothing to say)
         """Write what the network is into the run's folder: the first process does, as it begins."""
 
-    def blocks(self, model: Any) -> Sequence[nn.Module]:
-        """What `compile` compiles, one by one."""
+    @classmethod
+    def open_data(cls, recipe: Recipe) -> TrainingData | None:
+        """The recipe's dataset, its pictures not yet unpacked; None for the world.
+
+        Raises InputError for one with anything wrong, UsageError where the family cannot use it.
+        """
+        if recipe.data.path:
+            raise UsageError(f"{recipe.model} does not learn from data.path.", "O1, I1 and E1 do.")
+        return None
+
+    def lora_layers(self) -> Sequence[str]:
+        """The linear layers of `init`, from its files' headers."""
         return ()
+
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        """What is compiled, computed anew and sharded one by one."""
+        return ()
+
+    def decoder_sizes(self) -> tuple[int, int, int] | None:
+        """Heads, key heads and inner size of the part that tensor and sequence parallel divide."""
+        return None
+
+    def decoder(self, model: Any) -> Any:
+        """That part of the network: for learners with `decoder_sizes`."""
+        raise NotImplementedError
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """The recipe's, for a forward pass."""
@@ -95,10 +126,20 @@ class Learner(ABC):
         return torch.autocast(torch.device(self.recipe.device).type, dtype=dtype)
 
 
-def learner_of(recipe: Recipe, world: World | None = None) -> Learner:
-    """The learner of the recipe's `model`, which is named FAMILY-SIZE; UsageError for none."""
+def class_of(recipe: Recipe) -> type[Learner]:
+    """The family's learner; UsageError for none."""
     if recipe.family not in FAMILIES:
         raise UsageError(f'unknown model "{recipe.model}"; families are {", ".join(FAMILIES)}.')
     module, name = FAMILIES[recipe.family].split(":")
-    found: Learner = getattr(import_module(module), name)(recipe, world)
+    found: type[Learner] = getattr(import_module(module), name)
+    return found
+
+
+def learner_of(recipe: Recipe, world: World | None = None) -> Learner:
+    """The learner of the recipe's `model`, which is named FAMILY-SIZE; UsageError for none."""
+    found = class_of(recipe)(recipe, world)
+    if recipe.lora.rank:
+        from hidream.train.lora import LoraLearner
+
+        return LoraLearner(found)
     return found

@@ -15,6 +15,7 @@ from hidream.errors import HidreamError
 OnLog = Callable[[dict[str, Any]], None]
 T = TypeVar("T")
 
+COUNTED = ("corrupt",)
 MAX_SKIPPED = 100  # steps in a row that fp16 cannot hold: the scale has fallen to nothing by then
 
 
@@ -80,10 +81,16 @@ class Meter:
         self.unread.clear()
 
     def report(self) -> dict[str, float]:
-        """The mean of every value, samples per second, the share of waiting; then starts again."""
+        """The mean of every value, samples per second, the share of waiting; then starts again.
+
+        Of `COUNTED` it is the sum.
+        """
         self.check()
         seconds = max(self.clock() - self.started, 1e-9)
-        means = {name: total / self.counts[name] for name, total in sorted(self.totals.items())}
+        means = {
+            name: total if name in COUNTED else total / self.counts[name]
+            for name, total in sorted(self.totals.items())
+        }
         means["samples_per_second"] = self.samples / seconds
         means["waiting"] = self.waited / seconds
         if not self.bounded:
@@ -133,11 +140,12 @@ def readable(record: dict[str, Any]) -> str:
         for name, value in record.items()
         if name.startswith("loss_")
     )
+    corrupt = f"  {record['corrupt']:.0f} corrupt" if record.get("corrupt") else ""
     return (
         f"step {record['step']}/{record['num_steps']}  {losses}  lr {record['lr']:.2e}  "
         f"|g| {record.get('grad_norm', math.nan):.2f}  "
         f"{record['samples_per_second']:.0f} pictures/s  "
-        f"{duration(record['seconds_left'])} left"
+        f"{duration(record['seconds_left'])} left{corrupt}"
     )
 
 

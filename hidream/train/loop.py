@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from hidream.errors import InputError, UsageError
+from hidream.errors import UsageError
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
 from hidream.train.config import Recipe, parse_recipe
 from hidream.train.distributed import World
+from hidream.train.layout import Layout
 from hidream.train.learner import Learner, StepBatch, learner_of
 from hidream.train.log import Meter, OnLog, RunLog
 from hidream.train.optim import (
@@ -31,12 +31,12 @@ from hidream.train.optim import (
     set_learning_rate,
     update_ema,
 )
+from hidream.train.parallel import Processes, check_divisible, checked_layout
 from hidream.train.prefetch import Prefetcher
-from hidream.train.sharding import local, shard, whole
+from hidream.train.saving import Saver
+from hidream.train.sharding import local, whole
 
 logger = logging.getLogger(__name__)
-
-SHAPES_COMPILED_AT_MOST = 64
 
 
 def train(
@@ -71,18 +71,21 @@ def train(
             return False
         resume = False
     torch.set_flush_denormal(True)  # denormals make the first steps ten times slower
+    layout = checked_layout(recipe, world)
     learner = learner_of(recipe, world)
-    trainee = Trainee(learner, world)
+    check_divisible(layout, learner)
+    trainee = Trainee(learner, Processes(layout, world))
     begun_at = trainee.begin(resume)
     on_begin()
     log = None
     if world.main:
         learner.describe()
         log = RunLog(recipe.run_dir / "log.jsonl", on_log, first_step=begun_at.step)
-        message = _beginning(recipe, trainee.model, begun_at, world)
+        message = _beginning(recipe, trainee.model, begun_at, layout)
         log.write({"step": begun_at.step, "message": message})
     steps = range(begun_at.step, recipe.num_steps)
-    make = partial(learner.make_batch, rank=world.rank, world=world.size)
+    reader, num_readers = layout.reader(world.rank), layout.num_readers
+    make = partial(learner.make_batch, rank=reader, world=num_readers)
     batches = Prefetcher(make, steps, ahead=recipe.prefetch)
     meter = Meter(bounded=not trainee.scaler.is_enabled())
     try:
@@ -105,15 +108,18 @@ def train(
                 meter.check()
                 trainee.save(done)
             if stopping:
+                trainee.saver.wait()
                 return False
             if _due(done, recipe.grid_every):
                 trainee.with_averages(partial(_write_grid, learner, done))
                 meter.reset()
     finally:
         batches.close()
-    trainee.with_averages(lambda model: learner.export(model, recipe.run_dir / "model"))
+    trainee.saver.wait()
+    result = recipe.run_dir / learner.result
+    trainee.with_averages(lambda model: learner.export(model, result))
     if log is not None:
-        log.write({"step": recipe.num_steps, "message": f"done: {recipe.run_dir / 'model'}"})
+        log.write({"step": recipe.num_steps, "message": f"done: {result}"})
     world.barrier()
     return True
 
@@ -125,25 +131,28 @@ class Trainee:
     the first alone keeps the averages.
     """
 
-    def __init__(self, learner: Learner, world: World):
+    def __init__(self, learner: Learner, processes: Processes):
         recipe = learner.recipe
-        self.learner, self.recipe, self.world = learner, recipe, world
+        self.learner, self.recipe = learner, recipe
+        self.processes, self.world = processes, processes.world
         self.device = torch.device(recipe.device)
-        self.sharded = recipe.parallel == "fsdp" and world.size > 1
+        self.sharded = processes.sharded
         self.model = learner.build().to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        if recipe.compile:
-            torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
-            torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
-            for block in learner.blocks(self.model):
-                block.compile(dynamic=False)
-        if self.sharded:
-            for model in (self.model, self.ema):
-                shard(model, learner.blocks(model), world)
-        self.optimizers = build_optimizers(self.model, recipe.optimizer, world)
+        processes.apply(self.model, learner)
+        processes.shard(self.ema, learner)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer, self.world)
         enabled = recipe.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.parameters = list(self.model.parameters())
+        self.saver = Saver(
+            recipe.run_dir,
+            self.world,
+            keep=recipe.keep_checkpoints,
+            sharded=self.sharded,
+            in_shards=recipe.parallel.checkpoint == "sharded",
+            ahead=recipe.parallel.async_save,
+        )
         self.seconds, self.started = 0.0, time.monotonic()
 
     def begin(self, resume: bool) -> Progress:
@@ -153,7 +162,7 @@ class Trainee:
         samples = recipe.first_sample(step)
         progress = Progress(step=step, samples=samples, seconds=0.0, recipe=recipe.to_dict())
         if resume:
-            progress = checkpoint.load(checkpoint.latest(recipe.run_dir), *state)
+            progress = checkpoint.load(checkpoint.latest(recipe.run_dir, self.world), *state)
         elif recipe.start:
             new = self.learner.may_be_new
             progress = checkpoint.load(Path(recipe.start), *state, may_be_new=new)
@@ -172,17 +181,17 @@ class Trainee:
 
     def backward(self, batch: StepBatch) -> dict[str, Any]:
         """The gradient of a batch, clipped; returns the losses and what else is logged."""
-        labels = self.world.start_sum(batch.num_labels)
+        labels, corrupt = (self.world.start_sum(n) for n in (batch.num_labels, batch.corrupt))
         self.model.zero_grad(set_to_none=True)
         losses = self.learner.losses(self.model, batch.to(self.device), labels)
         self.scaler.scale(losses.total).backward()
-        if not self.sharded:
-            self.world.average_gradients(self.parameters)
+        self.processes.finish_gradients(self.model, self.learner)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         shares = self.world if self.sharded else None
         norm = clip_gradients(self.parameters, self.recipe.optimizer.clip, shares)
-        return {**losses.parts, "grad_norm": norm, "redrawn": batch.redrawn}
+        counts = {"redrawn": batch.redrawn, "corrupt": corrupt.wait()}
+        return {**losses.parts, "grad_norm": norm, **counts}
 
     def update(self, step: int, rate: float) -> None:
         """Weights and averages after step `step`."""
@@ -197,7 +206,7 @@ class Trainee:
             update_ema(averages, weights, ema_decay(self.recipe.optimizer.ema_decay, step))
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps."""
+        """Begin a checkpoint after `step` steps, see `Saver`."""
         if not (self.world.main or self.sharded):
             return
         progress = Progress(
@@ -207,18 +216,7 @@ class Trainee:
             recipe=self.recipe.to_dict(),
             scaler=self.scaler.state_dict(),
         )
-        try:
-            checkpoint.save(
-                *(self.recipe.run_dir, progress, self.model, self.ema, self.optimizers),
-                keep=self.recipe.keep_checkpoints,
-                write=self.world.main,
-            )
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"the checkpoint of step {step} cannot be written into {self.recipe.run_dir}: "
-                f"{getattr(error, 'strerror', None) or error}.",
-                "Make room, and resume from the one before.",
-            ) from error
+        self.saver.save(progress, self.model, self.ema, self.optimizers)
 
     def with_averages(self, function: Callable[[nn.Module], object]) -> None:
         """Have the first process call `function` with the averaged weights, whole."""
@@ -259,13 +257,13 @@ def _record(
     }
 
 
-def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, world: World) -> str:
+def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, layout: Layout) -> str:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     malloc = "tcmalloc" if "tcmalloc" in os.environ.get("LD_PRELOAD", "") else "the system's malloc"
     place = f"from step {progress.step}" if progress.step else "from the start"
     return (
         f"{recipe.name}: {millions:.1f} M parameters, {recipe.num_steps} steps {place}, "
-        f"{world.size} process(es) ({recipe.parallel}) on {recipe.device}, {recipe.precision}, "
+        f"{layout.num_processes} process(es) ({layout}) on {recipe.device}, {recipe.precision}, "
         f"{malloc}, "
         f"compile {'on' if recipe.compile else 'off'}, torch {torch.__version__}, "
         f"{platform.machine()}"

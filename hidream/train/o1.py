@@ -13,61 +13,102 @@ from PIL import Image
 from torch import nn
 
 from hidream.errors import UsageError
+from hidream.folder import open_folder
+from hidream.limits import SPARSE_BLOCK, skipped_blocks
+from hidream.lora_file import linear_layers
 from hidream.models.o1.config import SIZES, O1Config
+from hidream.models.o1.decoder import Decoder
 from hidream.models.o1.model import O1
+from hidream.models.o1.patches import unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
 from hidream.models.o1.weights import load_o1, save_o1
 from hidream.nn.attention import Backend
+from hidream.nn.sparse import Blocks
 from hidream.pipelines.base import Counter
 from hidream.pipelines.denoise import O1Job, denoise_batch
 from hidream.request import GenerateRequest
 from hidream.sampling import add_noise
 from hidream.train.config import Recipe
 from hidream.train.data import TrainBatch, make_batch
+from hidream.train.datasets import TrainingData
 from hidream.train.distributed import PendingSum, World
 from hidream.train.export import put_in_place
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import picture_loss, text_loss
+from hidream.train.perceptual import PerceptualLosses
 
 PACKAGE = Path(__file__).parents[1]
+PICTURED = ("edit", "subject", "understanding")  # tasks whose samples have reference pictures
 MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
 
 
 class O1Learner(Learner):
-    """O1 on all tasks of the world."""
+    """O1 on all tasks of the world, or on a dataset."""
+
+    lora_targets = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    )
+    lora_keys = "comfyui"
 
     def __init__(self, recipe: Recipe, world: World | None = None):
         super().__init__(recipe, world)
         self.tokenizer = Tokenizer(tokenizer_folder(recipe))
+        self.data = self.open_data(recipe)
         self.config: O1Config | None = None  # known once a model was built
+        stages = range(len(recipe.stages))
+        wanted = any(recipe.objective_of(number).perceptual for number in stages)
+        self.perceptual = PerceptualLosses(recipe) if wanted else None
 
     def build(self) -> O1:
         recipe = self.recipe
         if recipe.init:
-            model, _ = load_o1(recipe.init, attention_backend=_backend(recipe))
+            model, _ = load_o1(_found(recipe.init), attention_backend=_backend(recipe))
             model.requires_grad_(True).train()
         else:
             model = O1(model_config(recipe), _backend(recipe))
             model.init_weights(torch.Generator().manual_seed(recipe.seed))
             model.train()
         self.config = model.config
+        _check_sparsity(recipe, model.config)
         return model
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> TrainBatch:
         config = self.config or model_config(self.recipe)
-        return make_batch(self.recipe, config, self.tokenizer, step, rank, world)
+        return make_batch(self.recipe, config, self.tokenizer, step, rank, world, self.data)
+
+    @classmethod
+    def open_data(cls, recipe: Recipe) -> TrainingData | None:
+        if not recipe.data.path:
+            return None
+        tokenizer = Tokenizer(tokenizer_folder(recipe))
+
+        def fits(task: str, caption: str) -> str:
+            most, there = max(recipe.buckets.of(task)), len(tokenizer.encode(caption))
+            return f"its caption has {there} tokens; buckets.{task} take {most}" * (there > most)
+
+        return TrainingData(recipe, model_config(recipe).patch_size, fits)
+
+    def lora_layers(self) -> list[str]:
+        tensors = open_folder(_found(self.recipe.init)).tensors
+        return list(linear_layers({name: info.shape for name, info in tensors.items()}))
+
+    def describe(self) -> None:
+        if self.data is not None:
+            self.data.describe()
 
     def losses(self, model: O1, batch: TrainBatch, labels: PendingSum) -> Losses:
         """The picture loss weighs 1; text weighs `lm_weight` where the task is text and
         `caption_weight` where it is a picture's caption."""
-        objective = self.recipe.objective
+        objective = batch.objective
         parts: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=batch.x0.device)
         with self.precision():
             if batch.picture:
                 x_t = add_noise(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
-                prediction = model(batch.batch, x_t, batch.sigma)
+                blocks = Blocks.of(batch.grid, batch.sparsity, device=x_t.device)
+                prediction = model(batch.batch, x_t, batch.sigma, blocks)
             else:
                 prediction = model(batch.batch)
         if batch.picture:
@@ -76,6 +117,11 @@ class O1Learner(Learner):
             )
             parts[f"loss_{batch.task}"] = loss.detach()
             total = total + loss
+            for name, weight, loss in self._perceptual(
+                model, prediction.x0, batch, labels.num_processes
+            ):
+                parts[name] = loss.detach()
+                total = total + weight * loss
         weight = objective.caption_weight if batch.picture else objective.lm_weight
         if weight > 0:
             text = text_loss(
@@ -83,19 +129,52 @@ class O1Learner(Learner):
             )
             parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
             total = total + weight * text
+        if batch.task in PICTURED and batch.batch.pixel_values is None:  # all were dropped here
+            tower = model.model.visual.parameters()  # others have gradients there: so must this one
+            total = total + 0 * torch.stack([p.sum() for p in tower]).sum()
         return Losses(total, parts)
+
+    def _perceptual(
+        self, model: O1, predicted: torch.Tensor, batch: TrainBatch, num_processes: int
+    ) -> list[tuple[str, float, torch.Tensor]]:
+        """See `PerceptualLosses`."""
+        if self.perceptual is None or not batch.objective.perceptual:
+            return []
+        found, wanted = (
+            unpatchify(patches, batch.grid, model.config.patch_size)
+            for patches in (predicted, batch.x0)
+        )
+        return self.perceptual(
+            *(found, wanted, batch.sigma, batch.places),
+            *(batch.objective, batch.levels, num_processes),
+        )
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:
         return list(model.model.language_model.layers)  # one block compiles 8 times faster
 
+    def decoder_sizes(self) -> tuple[int, int, int]:
+        text = model_config(self.recipe).text
+        return text.num_heads, text.num_kv_heads, text.intermediate_size
+
+    def decoder(self, model: O1) -> Decoder:
+        return model.model.language_model
+
     def grid(self, model: O1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)
-        size = self.recipe.stages[number].size
-        noise_scale = self.recipe.objective.noise_scale
+        stage = self.recipe.stages[number]
+        prompts: tuple[str, ...] = PROMPTS
+        if self.data is not None:
+            own = [item.caption for item in self.data.first("text_to_image", len(PROMPTS) // 2)]
+            prompts = (*own, *PROMPTS)[: len(PROMPTS)]
         pictures = sample_pictures(
-            model, self.tokenizer, PROMPTS, size=size, noise_scale=noise_scale
+            model,
+            self.tokenizer,
+            prompts,
+            size=stage.size,
+            noise_scale=self.recipe.objective_of(number).noise_scale,
+            sparsity=stage.sparsity,
         )
-        return montage(pictures, size)
+        return montage(pictures, stage.size)
 
     def export(self, model: O1, out_dir: Path) -> Path:
         """In bf16, with tokenizer and hidream.json."""
@@ -116,8 +195,11 @@ def model_config(recipe: Recipe) -> O1Config:
 
 def tokenizer_folder(recipe: Recipe) -> Path:
     """`tokenizer` of the recipe: a folder, `init` when empty; relative to here or the package."""
-    path = Path(recipe.tokenizer or recipe.init)
-    inside = PACKAGE.parent / path
+    return _found(recipe.tokenizer or recipe.init)
+
+
+def _found(folder: str) -> Path:
+    path, inside = Path(folder), PACKAGE.parent / folder
     return inside if not path.exists() and inside.exists() else path
 
 
@@ -128,6 +210,7 @@ def sample_pictures(
     *,
     size: int,
     noise_scale: float = 1.0,
+    sparsity: float = 0.0,
     num_steps: int = 15,
     guidance_scale: float = 2.0,
     seed: int = 0,
@@ -150,7 +233,7 @@ def sample_pictures(
             noise_scale=noise_scale,
             sampler="euler",
             shift=3.0,
-            sparsity=0.0,
+            sparsity=sparsity,
         )
         jobs.append(O1Job(request, seed + i, tokens(prompt), unconditional))
     with torch.no_grad():
@@ -159,25 +242,37 @@ def sample_pictures(
 
 def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
     """hidream.json: what the published layout cannot say about this checkpoint."""
-    size = recipe.stages[-1].size
+    size, sparsity = recipe.stages[-1].size, recipe.stages[-1].sparsity
     return {
         "name": recipe.name.replace("_", "-"),
         "family": "o1",
         "variant": "full",
         "patch_size": config.patch_size,
         "bottleneck_size": config.bottleneck_size,
-        "noise_scale": recipe.objective.noise_scale,
+        "noise_scale": recipe.objective_of(len(recipe.stages) - 1).noise_scale,
         "sampler": "flash",
         "num_inference_steps": 50,
         "guidance_scale": 3.0,
         "shift": 3.0,
         "width": size,
         "height": size,
+        **({"sparsity": sparsity} if sparsity else {}),
         "reference_budgets": {
             "sides": [list(row) for row in config.budgets.sides],
             "vision_sides": [list(row) for row in config.budgets.vision_sides],
         },
     }
+
+
+def _check_sparsity(recipe: Recipe, config: O1Config) -> None:
+    for number, stage in enumerate(recipe.stages):
+        patches = (stage.size // config.patch_size) ** 2
+        if stage.sparsity and not skipped_blocks(patches, stage.sparsity):
+            raise UsageError(
+                f"stages.{number}.sparsity = {stage.sparsity} leaves nothing out of {patches} "
+                f"patches, which are {patches // SPARSE_BLOCK} blocks of {SPARSE_BLOCK}.",
+                "Give a larger size or sparsity.",
+            )
 
 
 def _backend(recipe: Recipe) -> Backend:

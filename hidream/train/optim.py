@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hidream.train.config import Optimizer, Stage
 from hidream.train.distributed import World
 from hidream.train.muon import Muon
-from hidream.train.sharding import local
+from hidream.train.sharding import by_mesh, local, num_copies
 
 # What is inside O1's decoder and vision tower; in I1's blocks, but for gates and adaLN; in a VAE.
 INNER = (
@@ -26,8 +26,29 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the transformers where the recipe asks for it.
 
-    AdamW decays matrices only: norms, biases and embedding tables are left alone. What needs no
-    gradient has no optimizer.
+    What needs no gradient has no optimizer.
+    """
+    inner, decayed, kept = split_parameters(model, options)
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for together, decay in ((decayed, options.weight_decay), (kept, 0.0))
+        for params in by_mesh(together)
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    ]
+    if inner:
+        decay, rms = options.weight_decay, ADAMW_RMS * options.muon
+        optimizers.append(Muon(inner, rms=rms, weight_decay=decay, world=world))
+    return optimizers
+
+
+def split_parameters(
+    model: nn.Module, options: Optimizer
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon updates; what AdamW updates and decays; what it updates alone.
+
+    Norms, biases and embedding tables do not decay.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     inner: list[nn.Parameter] = []
@@ -42,17 +63,7 @@ def build_optimizers(
             decayed.append(parameter)
         else:
             kept.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
-    ]
-    if inner:
-        decay, rms = options.weight_decay, ADAMW_RMS * options.muon
-        optimizers.append(Muon(inner, rms=rms, weight_decay=decay, world=world))
-    return optimizers
+    return inner, decayed, kept
 
 
 def learning_rate(stages: Sequence[Stage], step: int) -> float:
@@ -89,17 +100,21 @@ def clip_gradients(
 ) -> Tensor:
     """Scale gradients down to norm `limit` if they exceed it (0: never). Returns their norm.
 
-    `shares`: the processes that have a share of each of them, if they are sharded.
+    `shares`: the processes that have shares of them, if they are sharded.
     """
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if shares is not None:
-        square = norm.square()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    own = [local(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(own))
+    if shares is None:
+        norm = torch.linalg.vector_norm(norms)
+    else:
+        copies = norms.new_tensor([num_copies(gradient, shares.size) for gradient in gradients])
+        square = (norms.square() / copies).sum()
         shares.sum_in_place(square)
         norm = square.sqrt()
     if limit > 0:
         scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_(own, scale)
     return norm
 
 

@@ -1,23 +1,27 @@
 """FSDP2: weights, averages and optimizer states in shards, one a process, whole only where needed.
 
-Checkpoints hold whole tensors, so that a run goes on with any number of processes, sharded or not.
+A checkpoint's tensors are whole, or in shards that make them whole: a run goes on with any number
+of processes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-
-from hidream.train.distributed import World
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
-    """Keep a share of every parameter in each process; `blocks` are gathered one by one."""
-    mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Keep a share of every parameter in each process; `blocks` are gathered one by one.
+
+    A mesh of two dimensions shards over the second, and averages over the first.
+    """
+    # That a result must not be changed in place: none is.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -36,6 +40,26 @@ def whole(tensor: Tensor) -> Tensor:
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, sharded as `model` is if it is; every process must call it."""
     tensor = tensor.to(model.device)
+    if isinstance(tensor, DTensor):
+        return tensor
     if isinstance(model, DTensor) and tensor.shape == model.shape:
         return distribute_tensor(tensor, model.device_mesh, model.placements)
     return tensor
+
+
+def num_copies(tensor: Tensor, num_processes: int) -> int:
+    """In how many of the processes the same values of the tensor lie."""
+    num_parts = 1
+    if isinstance(tensor, DTensor):
+        for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True):
+            num_parts *= 1 if isinstance(placement, Replicate) else size
+    return num_processes // num_parts
+
+
+def by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in groups that a fused kernel takes: those of one mesh together."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault(mesh, []).append(parameter)
+    return list(groups.values())

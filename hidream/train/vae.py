@@ -36,6 +36,7 @@ class Pictures:
     noise: Float[Tensor, "b c height width"]
     num_labels: int = 0
     redrawn: int = 0
+    corrupt: int = 0
 
     def to(self, device: torch.device | str) -> Pictures:
         return replace(self, pictures=self.pictures.to(device), noise=self.noise.to(device))

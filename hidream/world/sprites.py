@@ -8,6 +8,8 @@ and turned into a colour there. Everything is cached: a picture is a few pastes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 
 import numpy as np
@@ -52,7 +54,7 @@ def tone(shade: Array, color: str) -> Array:
     return (dark * (1 - ink) + INK * ink) * (1 - light) + 255 * light
 
 
-class _Canvas:
+class Canvas:
     """A drawing under way, in coordinates 0–1; later parts cover earlier ones."""
 
     def __init__(self) -> None:
@@ -102,31 +104,31 @@ class _Canvas:
         return 1.16 - 0.5 * np.abs(t - 0.32) ** 1.2 - 0.12 * t
 
 
-def _cube(c: _Canvas) -> None:
+def _cube(c: Canvas) -> None:
     top, mid, low = 0.27, 0.5, 0.76
     c.put(c.polygon((0.02, top), (0.5, mid), (0.5, 1), (0.02, low)), 1.0 - 0.08 * c.y)
     c.put(c.polygon((0.98, top), (0.5, mid), (0.5, 1), (0.98, low)), 0.74 - 0.06 * c.y)
     c.put(c.polygon((0.5, 0.02), (0.98, top), (0.5, mid), (0.02, top)), 1.26)
 
 
-def _sphere(c: _Canvas) -> None:
+def _sphere(c: Canvas) -> None:
     c.put(c.ellipse(0.5, 0.5, 0.49), c.ball(0.5, 0.5, 0.49))
 
 
-def _cone(c: _Canvas) -> None:
+def _cone(c: Canvas) -> None:
     spread = 0.46 * np.clip(c.y / 0.88, 0.04, 1)
     t = np.clip((c.x - 0.5) / spread, -1, 1)
     shade = 1.14 - 0.3 * np.abs(t + 0.35) ** 1.2
     c.put(c.ellipse(0.5, 0.88, 0.46, 0.11) | c.polygon((0.5, 0), (0.96, 0.88), (0.04, 0.88)), shade)
 
 
-def _cylinder(c: _Canvas) -> None:
+def _cylinder(c: Canvas) -> None:
     body = c.box(0.16, 0.14, 0.84, 0.87) | c.ellipse(0.5, 0.87, 0.34, 0.12)
     c.put(body, c.round_side(0.16, 0.84) - 0.08)
     c.put(c.ellipse(0.5, 0.14, 0.34, 0.12), 1.28)
 
 
-def _star(c: _Canvas) -> None:
+def _star(c: Canvas) -> None:
     points = []
     for i in range(10):
         r = 0.5 if i % 2 == 0 else 0.23
@@ -137,7 +139,7 @@ def _star(c: _Canvas) -> None:
         c.put(facet, 1.16 if i % 2 else 0.92)
 
 
-def _heart(c: _Canvas) -> None:
+def _heart(c: Canvas) -> None:
     t = np.linspace(0, 2 * np.pi, 200)
     x = 16 * np.sin(t) ** 3
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
@@ -145,7 +147,7 @@ def _heart(c: _Canvas) -> None:
     c.put(c.polygon(*points), c.ball(0.42, 0.4, 0.5))
 
 
-def _ring(c: _Canvas) -> None:
+def _ring(c: Canvas) -> None:
     r = np.hypot(c.x - 0.5, c.y - 0.5)
     angle = ((c.x - 0.5) + (c.y - 0.5)) / np.maximum(r, 1e-3)
     across = (r - 0.345) / 0.145
@@ -153,12 +155,12 @@ def _ring(c: _Canvas) -> None:
     c.put(c.ellipse(0.5, 0.5, 0.49) & ~c.ellipse(0.5, 0.5, 0.2), shade)
 
 
-def _moon(c: _Canvas) -> None:
+def _moon(c: Canvas) -> None:
     crescent = c.ellipse(0.5, 0.5, 0.49) & ~c.ellipse(0.75, 0.47, 0.4)
     c.put(crescent, c.ball(0.4, 0.45, 0.55))
 
 
-def _house(c: _Canvas) -> None:
+def _house(c: Canvas) -> None:
     c.put(c.box(0.68, 0.08, 0.8, 0.4), 0.66)
     c.put(c.box(0.13, 0.42, 0.87, 0.99), 1.08)
     c.put(c.polygon((0.5, 0.02), (0.98, 0.46), (0.02, 0.46)), 0.72)
@@ -166,13 +168,13 @@ def _house(c: _Canvas) -> None:
     c.put(c.box(0.54, 0.6, 0.76, 0.79), 1.55)
 
 
-def _tree(c: _Canvas) -> None:
+def _tree(c: Canvas) -> None:
     c.put(c.box(0.41, 0.6, 0.59, 0.99, 0.02), 0.52)
     for cx, cy, r in ((0.28, 0.45, 0.23), (0.72, 0.45, 0.23), (0.5, 0.52, 0.22), (0.5, 0.26, 0.25)):
         c.put(c.ellipse(cx, cy, r), c.ball(cx - 0.02, cy - 0.02, r * 1.15))
 
 
-def _fish(c: _Canvas) -> None:
+def _fish(c: Canvas) -> None:
     c.put(c.polygon((0.66, 0.5), (0.99, 0.25), (0.92, 0.5), (0.99, 0.75)), 0.86)
     c.put(c.polygon((0.3, 0.3), (0.55, 0.15), (0.64, 0.32)), 0.8)
     c.put(c.ellipse(0.4, 0.5, 0.39, 0.26), c.ball(0.38, 0.44, 0.42))
@@ -180,7 +182,7 @@ def _fish(c: _Canvas) -> None:
     c.put(c.ellipse(0.19, 0.44, 0.034), 0.1)
 
 
-def _car(c: _Canvas) -> None:
+def _car(c: Canvas) -> None:
     c.put(c.polygon((0.2, 0.5), (0.33, 0.24), (0.68, 0.24), (0.84, 0.5)), 0.98)
     c.put(c.polygon((0.27, 0.49), (0.36, 0.3), (0.48, 0.3), (0.48, 0.49)), 1.56)
     c.put(c.polygon((0.53, 0.49), (0.53, 0.3), (0.65, 0.3), (0.76, 0.49)), 1.56)
@@ -190,7 +192,7 @@ def _car(c: _Canvas) -> None:
         c.put(c.ellipse(cx, 0.7, 0.055), 1.3)
 
 
-def _mug(c: _Canvas) -> None:
+def _mug(c: Canvas) -> None:
     c.put(c.ellipse(0.72, 0.54, 0.26, 0.25) & ~c.ellipse(0.72, 0.54, 0.15, 0.145), 0.84)
     body = c.box(0.02, 0.17, 0.72, 0.86) | c.ellipse(0.37, 0.86, 0.35, 0.1)
     c.put(body, c.round_side(0.02, 0.72))
@@ -198,7 +200,7 @@ def _mug(c: _Canvas) -> None:
     c.put(c.ellipse(0.37, 0.175, 0.28, 0.066), 0.34)
 
 
-def _umbrella(c: _Canvas) -> None:
+def _umbrella(c: Canvas) -> None:
     c.put(c.box(0.465, 0.01, 0.535, 0.9), 0.42)
     hook = c.ellipse(0.59, 0.87, 0.125, 0.125) & ~c.ellipse(0.59, 0.87, 0.055, 0.055)
     c.put(hook & (c.y > 0.86), 0.42)
@@ -210,7 +212,7 @@ def _umbrella(c: _Canvas) -> None:
     c.put(dome, np.where(inner, 1.14, np.where(c.x < 0.5, 0.98, 0.8)))
 
 
-_DRAW = {
+_DRAW: dict[str, Callable[[Canvas], None]] = {
     "cube": _cube,
     "sphere": _sphere,
     "cone": _cone,
@@ -228,10 +230,29 @@ _DRAW = {
 }
 
 
+@contextmanager
+def added_kind(
+    kind: str, extent: tuple[float, float], draw: Callable[[Canvas], None]
+) -> Iterator[None]:
+    """One kind more while the context lasts, for what is drawn and judged in it.
+
+    Nothing that the world draws by itself changes: its prompts keep to their kinds. `extent` is the
+    width and height of its box in units of its size. Drawings are kept by name: a name stands for
+    one of them. Threads outside of the context see it, too.
+    """
+    if kind in KINDS:
+        raise ValueError(f"{kind} is one of the world's kinds")
+    KINDS[kind], _DRAW[kind] = extent, draw
+    try:
+        yield
+    finally:
+        del KINDS[kind], _DRAW[kind]
+
+
 @cache
 def drawing(kind: str) -> tuple[Image.Image, Image.Image]:
     """Alpha and shade·alpha of a kind, cropped to its box, as float images."""
-    canvas = _Canvas()
+    canvas = Canvas()
     _DRAW[kind](canvas)
     alpha, shade = canvas.alpha, canvas.shade
     inner = Image.fromarray((alpha * 255).astype(np.uint8))

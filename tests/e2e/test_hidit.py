@@ -54,7 +54,7 @@ def train_flags(root, name, steps, *more):
     return (
         *("--data-dir", root / "data", "--vae-latents-name", "tiny", "--vae-ckpt", root / "vae"),
         *("--output-dir", root / "exps", "--exp-name", name, "--max-train-steps", steps),
-        *("--model", "SiT-T/1", "--enc-type", "stand-in", "--encoder-depth", 2),
+        *("--model", "SiT-N/1", "--enc-type", "stand-in", "--encoder-depth", 2),
         *("--batch-size", 8, "--log-every", 1, "--checkpointing-steps", 4, "--sampling-steps", 0),
         *("--learning-rate", 1e-3, "--device", "cpu"),
         *more,
@@ -253,7 +253,7 @@ def test_samples_and_their_figure(data, stage2, capsys):
         (("--report-to", "mlflow"), 2, "mlflow"),
         (("--gate", 0), 2, "--gate 0 is out of range"),
         (("--adam-beta1", 1), 2, "--adam-beta1 1 is out of range"),
-        (("--encoder-depth", 9), 2, "SiT-T/1 has 8 blocks"),
+        (("--encoder-depth", 9), 2, "SiT-N/1 has 6 blocks"),
         (("--vae", "f32", "--vae-ckpt", ""), 2, "f32"),
         (("--output-dir", __file__), 3, "takes no files"),
     ],

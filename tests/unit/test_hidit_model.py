@@ -151,7 +151,7 @@ def test_sizes_in_parameters():
 
 
 def test_sizes_are_named():
-    assert len(SIZES) == 20
+    assert len(SIZES) == 24
     assert (size_of("SiT-S/2").patch_size, size_of("SiT-B/1").num_layers) == (2, 12)
     with pytest.raises(UsageError, match='did you mean "SiT-XL/1"'):
         size_of("sit-xl1")

@@ -8,7 +8,8 @@ from hidream.judges.finding import find
 from hidream.judges.measure import DAMAGES, measure_judge
 from hidream.judges.world import judge
 from hidream.world import render
-from hidream.world.scene import BACKGROUNDS, Dice, Scene
+from hidream.world.scene import BACKGROUNDS, KINDS, Dice, Object, Scene
+from hidream.world.sprites import added_kind
 from hidream.world.tasks import CATEGORIES, eval_seed, sample
 
 SEED = 321
@@ -88,3 +89,23 @@ def test_the_figures_cover_every_category():
     assert set(figures["categories"]) == {"single", "words"}
     assert figures["right_on_true"] == 1
     assert figures["wrong_on_damaged"] == 1
+
+
+def test_a_kind_can_be_added_for_a_time():
+    def draw_bone(canvas):
+        for x, y in ((0.14, 0.3), (0.14, 0.7), (0.86, 0.3), (0.86, 0.7)):
+            canvas.put(canvas.ellipse(x, y, 0.14, 0.28), 1.1)
+        canvas.put(canvas.box(0.14, 0.3, 0.86, 0.7), 0.9)
+
+    thing = Object(kind="bone", color="red", size=0.43, x=0.5, y=0.5)
+    with added_kind("bone", (1.0, 0.5), draw_bone):
+        picture = render(Scene(objects=(thing,), background="grass"), 128, 128)
+        assert [(o.color, o.kind) for o in find(picture).objects] == [("red", "bone")]
+        assert not find(picture).faults
+        again = added_kind("bone", (1.0, 0.5), draw_bone)
+        with pytest.raises(ValueError, match="is one of the world's kinds"), again:
+            pass
+    assert "bone" not in KINDS
+    outside = find(picture)
+    assert all(o.kind != "bone" for o in outside.objects)
+    assert outside.faults

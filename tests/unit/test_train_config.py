@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 NANO = RECIPES / "o1_nano.toml"
 
 
-@pytest.mark.parametrize("name", ["o1_nano", "i1_tiny", "e1_tiny"])
+@pytest.mark.parametrize("name", ["o1_nano", "o1_nano_pretrain", "i1_tiny", "e1_tiny"])
 def test_the_shipped_recipes_are_valid_and_plain_values_give_them_back(name):
     recipe = load_recipe(RECIPES / f"{name}.toml")
     assert recipe.model == f"{name[:2]}-nano"
@@ -50,7 +50,7 @@ def test_overrides_reach_into_tables_and_lists():
         ("seed=many", "seed = 'many' is not a int"),
         ("compile=1", "compile = 1 is not a bool"),
         ("processes=0", "must be at least 1"),
-        ("stages.0.batch_size=7", "multiple of processes"),
+        ("stages.0.batch_size=7", "multiple of the 2 processes"),
         ("stages.0.warmup=100000", "must fit into"),
         ("buckets.edit=[8, 4]", "rising"),
         ("precision=float8", "bfloat16"),
@@ -85,3 +85,23 @@ def test_steps_and_samples_are_counted_over_stages():
     assert [recipe.first_sample(step) for step in (0, 6, 7)] == [0, 24, 28]
     with pytest.raises(UsageError):
         recipe.locate(12)
+
+
+def test_data_is_short_for_its_path():
+    recipe = load_recipe(RECIPES / "lora.toml", ["data=/my pictures/cat"])
+    assert recipe.data.path == "/my pictures/cat"
+    assert recipe.data.world == load_recipe(RECIPES / "lora.toml").data.world > 0
+    assert load_recipe(NANO, ["data={path = 'a', kind = 'folder'}"]).data.kind == "folder"
+    assert load_recipe(NANO, ["data.path=b"]).data.path == load_recipe(NANO, ["data='b'"]).data.path
+
+
+def test_a_recipe_from_before_loras_and_datasets_still_loads():
+    older = {k: v for k, v in parse_recipe(PLAIN).to_dict().items() if k not in ("lora", "data")}
+    assert parse_recipe(older) == parse_recipe(PLAIN)
+
+
+def test_the_loras_recipe_keeps_to_the_bar_of_its_benchmark():
+    recipe = load_recipe(RECIPES / "lora.toml")
+    assert recipe.num_steps <= 400
+    assert {stage.batch_size for stage in recipe.stages} == {8}
+    assert parse_recipe(recipe.to_dict()) == recipe

@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 def recipe(data, tmp_path):
     return Recipe(
         name="tiny",
-        model="hidit-SiT-T/1",
+        model="hidit-SiT-N/1",
         stages=(Stage(size=1, steps=100, batch_size=BATCH, learning_rate=1e-3),),
         out=str(tmp_path / "run"),
         seed=3,

@@ -98,6 +98,32 @@ def test_the_gradient_reaches_every_parameter(nano_tokenizer):
     assert not missing
 
 
+def test_the_gradient_of_a_perceptual_loss_reaches_the_model(nano_tokenizer):
+    from hidream.train.distributed import World
+    from hidream.train.learner import learner_of
+
+    stage = {"size": 48, "steps": 1, "batch_size": 2, "learning_rate": 1e-3}
+    plain = {
+        "name": "tiny",
+        "model": "o1-tiny",
+        "tokenizer": nano_tokenizer,
+        "precision": "float32",
+        "stages": [stage | {"tasks": {"text_to_image": 1.0}}],
+        "perceptual": {"network": "stand-in", "crop": 32},
+    }
+    gradients = []
+    for weight in (0.0, 1.0):
+        weights = {"lpips_weight": weight, "dino_weight": weight, "timesteps": "uniform"}
+        learner = learner_of(parse_recipe(plain | {"objective": weights}))
+        model = learner.build()
+        batch = learner.make_batch(0)
+        losses = learner.losses(model, batch, World().start_sum(batch.num_labels))
+        losses.total.backward()
+        gradients.append(model.model.x_embedder.proj1.weight.grad)
+        assert ("loss_dino_stand_in" in losses.parts) == (weight > 0)
+    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+
+
 @pytest.fixture(scope="session")
 def nano_tokenizer(tmp_path_factory):
     from hidream.train.tokenizer import build_tokenizer

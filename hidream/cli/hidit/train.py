@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -204,6 +205,7 @@ def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
     from hidream.models.hidit.config import size_of
     from hidream.models.hidit.vae import arch_named, open_vae
     from hidream.train.config import HiDiTOptions, Optimizer, Recipe, Stage, parse_recipe
+    from hidream.train.layout import Parallel
 
     # What is unknown is refused before anything is read.
     num_layers = size_of(arguments.model).num_layers
@@ -245,7 +247,7 @@ def _recipe(arguments: Namespace, device: str) -> tuple[Any, bool]:
         seed=arguments.seed,
         device=device,
         precision=PRECISIONS[arguments.mixed_precision],
-        parallel=arguments.parallel,
+        parallel=replace(Parallel.named(arguments.parallel), checkpoint="whole"),
         compile=arguments.compile,
         optimizer=Optimizer(
             betas=(arguments.adam_beta1, arguments.adam_beta2),

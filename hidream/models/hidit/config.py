@@ -133,21 +133,23 @@ _WHOLE = (
     *("num_classes", "encoder_depth", "projector_width", "image_size"),
 )
 
-# T is ours, for CPUs: the smallest that SiT knows is S.
+# N and T are ours, for CPUs: the smallest that SiT knows is S.
 WIDTHS = {
+    "N": (128, 6, 2),
     "T": (192, 8, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-PROJECTOR_WIDTHS = {"T": 256}  # 2048 for the others
+PROJECTOR_WIDTHS = {"N": 256, "T": 256}  # 2048 for the others
 SIZES = {
     f"SiT-{name}/{patch_size}": HiDiTConfig(
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
         patch_size=patch_size,
+        encoder_depth=min(8, num_layers),
         projector_width=PROJECTOR_WIDTHS.get(name, 2048),
     )
     for name, (hidden_size, num_layers, num_heads) in WIDTHS.items()

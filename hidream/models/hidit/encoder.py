@@ -1,4 +1,4 @@
-"""REPA's targets: what a frozen encoder says of a clean picture, one feature a token.
+"""What a frozen encoder says of a picture, one feature a token: REPA's targets, perceptual DINO.
 
 DINOv2 (arXiv 2304.07193) is asked as REPA (arXiv 2410.06940) asks it: ImageNet's mean and
 deviation, the picture brought to 14 pixels a token (256 become 224), its positions to the grid of
@@ -54,6 +54,10 @@ class Encoder(Protocol):
         """UInt8 (b, 3, H, W) → fp32 (b, l, width), row by row of the tokens' grid."""
         ...
 
+    def features(self, pixels: Tensor) -> Tensor:
+        """The same of values in [−1, 1], with gradients for them."""
+        ...
+
 
 def open_encoder(
     enc_type: str,
@@ -94,28 +98,42 @@ class Dinov2:
         like = next(module.parameters())
         mean, std = (torch.tensor(t, device=like.device)[:, None, None] for t in (MEAN, STD))
         self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._positions_are: tuple[int, int] | None = None
 
     @torch.no_grad()
     def __call__(self, pictures: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b l z"]:
-        side = self.grid or pictures.shape[-1] // PIXELS_PER_TOKEN
-        x = pictures.to(self._scale) * self._scale + self._shift
-        x = F.interpolate(x, (side * self.patch_size,) * 2, mode="bicubic", align_corners=False)
-        self._set_positions(side)
+        return self._ask(pictures.to(self._scale) * self._scale + self._shift)
+
+    def features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l z"]:
+        half = 127.5 * self._scale
+        return self._ask(pixels.to(half) * half + (half + self._shift))
+
+    def _ask(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l z"]:
+        rows, columns = _token_grid(x, self.grid)
+        size = (rows * self.patch_size, columns * self.patch_size)
+        x = F.interpolate(x, size, mode="bicubic", align_corners=False)
+        self._set_positions(rows, columns)
         hidden = self.module(x.to(next(self.module.parameters()).dtype)).last_hidden_state
         return hidden[:, 1:].float()  # the first is the class token
 
-    def _set_positions(self, side: int) -> None:
-        """Bring the learnt positions to side², once: as timm and so REPA do, antialiased."""
-        embeddings = self.module.embeddings
-        if embeddings.position_embeddings.shape[1] - 1 == side**2:
+    def _set_positions(self, rows: int, columns: int) -> None:
+        """Bring the learnt positions to the grid, once: as timm and so REPA do, antialiased.
+
+        For grids that are no square transformers does it, without antialiasing.
+        """
+        if rows != columns:
+            rows = columns = round((self._learnt.shape[1] - 1) ** 0.5)
+        if self._positions_are == (rows, columns):
             return
         first, rest = self._learnt[:, :1], self._learnt[:, 1:].float()
         grid = rearrange(rest, "1 (h w) d -> 1 d h w", h=round(rest.shape[1] ** 0.5))
-        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+        if grid.shape[2:] != (rows, columns):
+            grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True)
         rest = rearrange(grid, "1 d h w -> 1 (h w) d").to(first.dtype)
-        embeddings.position_embeddings = nn.Parameter(
+        self.module.embeddings.position_embeddings = nn.Parameter(
             torch.cat([first, rest], dim=1), requires_grad=False
         )
+        self._positions_are = (rows, columns)
 
 
 class StandIn:
@@ -145,12 +163,22 @@ class StandIn:
 
     @torch.no_grad()
     def __call__(self, pictures: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b l z"]:
-        side = self.grid or pictures.shape[-1] // PIXELS_PER_TOKEN
-        x = pictures.to(self._kernels[0]) / 127.5 - 1
-        x = F.interpolate(x, (8 * side, 8 * side), mode="bilinear", antialias=True)
+        return self.features(pictures.to(self._kernels[0]) / 127.5 - 1)
+
+    def features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l z"]:
+        rows, columns = _token_grid(pixels, self.grid)
+        x = F.interpolate(pixels, (8 * rows, 8 * columns), mode="bilinear", antialias=True)
         for kernel in self._kernels:
             x = F.silu(F.conv2d(x, 2 * kernel, stride=2, padding=1))
         return F.layer_norm(rearrange(x, "b z h w -> b (h w) z"), (self.width,))
+
+
+def _token_grid(pictures: Tensor, side: int | None) -> tuple[int, int]:
+    """Rows and columns of tokens: `side` of each, or one for 16 pixels."""
+    if side is not None:
+        return side, side
+    height, width = pictures.shape[-2:]
+    return height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
 
 
 def _load_dinov2(

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hidream.errors import ModelError
@@ -123,9 +123,14 @@ class O1(nn.Module):
         batch: Batch,
         x_t: Float[Tensor, "b n p"] | None = None,
         sigma: Float[Tensor, " b"] | None = None,
+        blocks: Blocks | None = None,
     ) -> Prediction:
-        """The whole sequence with a dense mask. Without `x_t`, text alone: logits, no picture."""
+        """The whole sequence with a dense mask. Without `x_t`, text alone: logits, no picture.
+
+        With `blocks`, the target's patches read each other as steps with sparse attention do.
+        """
         uit, num_text = self.model, batch.input_ids.shape[1]
+        first = num_text + 1  # the timestep token stands before the target
         hidden, vision = uit.language_model.embed_tokens(batch.input_ids), None
         if batch.pixel_values is not None:
             vision = uit.visual(batch.pixel_values.to(hidden), list(batch.image_grids))
@@ -133,7 +138,8 @@ class O1(nn.Module):
         if x_t is not None:
             if sigma is None:
                 raise ValueError("x_t needs its sigma")
-            generated = [uit.t_embedder1(1 - sigma)[:, None], uit.x_embedder(x_t)]
+            patches = x_t if blocks is None else x_t[:, blocks.order]
+            generated = [uit.t_embedder1(1 - sigma)[:, None], uit.x_embedder(patches)]
             if batch.references.shape[1]:
                 generated.append(uit.x_embedder(batch.references))
             hidden = torch.cat([hidden, *generated], dim=1)
@@ -143,14 +149,43 @@ class O1(nn.Module):
         mask = batch.attention_mask()[:, :length, :length]
 
         read = partial(attention, mask=mask, backend=self.attention_backend)
-        rope = uit.language_model.rope(batch.position_ids[..., :length])
+        positions = batch.position_ids[..., :length]
+        if x_t is not None and blocks is not None:
+            read = partial(self._read_sparse, mask=mask, num_text=num_text, blocks=blocks)
+            target = positions[..., first : first + blocks.num_patches][..., blocks.order]
+            rest = positions[..., first + blocks.num_patches :]
+            positions = torch.cat([positions[..., :first], target, rest], dim=-1)
+        rope = uit.language_model.rope(positions)
         hidden = uit.language_model(hidden, rope, lambda layer: read, deepstack)
         x0 = None
         if x_t is not None:
-            first = num_text + 1  # the timestep token stands before the target
             x0 = uit.final_layer2(hidden[:, first : first + x_t.shape[1]])
+            x0 = x0 if blocks is None else x0[:, blocks.back]
         logits = self.lm_head(hidden[:, :num_text]) if self.lm_head is not None else None
         return Prediction(x0, logits)
+
+    def _read_sparse(
+        self,
+        q: Float[Tensor, "b l h d"],
+        k: Float[Tensor, "b l g d"],
+        v: Float[Tensor, "b l g d"],
+        *,
+        mask: Bool[Tensor, "b l l"],
+        num_text: int,
+        blocks: Blocks,
+    ) -> Float[Tensor, "b l h d"]:
+        """Text reads by the mask; what is generated, row by row, without what the mask hides."""
+        backend = self.attention_backend
+        before = (q[:, :num_text], k, v)
+        text = attention(*before, mask=mask[:, :num_text], backend=backend)
+        generated = []
+        for i, readable in enumerate(mask[:, -1]):
+            keys, values = k[i : i + 1, readable], v[i : i + 1, readable]
+            first = int(readable[:num_text].sum()) + 1  # after the timestep
+            queries = q[i : i + 1, num_text:]
+            sparse = blocks.at(1, first)
+            generated.append(attention(queries, keys, values, sparse=sparse, backend=backend))
+        return torch.cat([text, torch.cat(generated)], dim=1)
 
     def embed_causal(
         self, requests: Sequence[Tokens], seen: VisionTokens | None = None

@@ -1,0 +1,240 @@
+"""A set of pictures with words, as a user has it: a folder, a table, or WebDataset shards.
+
+Whatever it is, it becomes a list of items in a fixed order, and a list of what is wrong with it.
+Pictures stay on the disk until they are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from hidream.errors import InputError, UsageError
+from hidream.pictures import SUFFIXES, open_picture, read_picture, read_size
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("auto", "folder", "table", "webdataset")
+TABLES = (".jsonl", ".parquet")
+METADATA = ("metadata.jsonl", "metadata.parquet")
+MAX_CAPTION_BYTES = 1 << 20
+MAX_TOLD = 50  # problems; more are counted
+# What may stand before a picture's suffix: a part of an edit, or a subject's reference.
+_ROLE = re.compile(r"(.+)\.(source|target|ref\d{1,3})")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A picture's file, wherever it lies: `read` gives its bytes, `name` is for messages.
+
+    `path` is set where it is a file of its own.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    path: Path | None = None
+
+    def picture(self) -> Image.Image:
+        """The picture, upright and RGB. Raises InputError where it cannot be had."""
+        if self.path is not None:
+            return read_picture(self.path, "it")
+        return read_picture(open_picture(self.read(), "it"), "it")
+
+    def size(self) -> tuple[int, int]:
+        """Upright width and height, from the header. Raises InputError alike."""
+        if self.path is not None:
+            return read_size(self.path, "it")
+        return read_size(open_picture(self.read(), "it"), "it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A picture and what is said of it.
+
+    `references`: an edit's source, or the subjects that the picture shows; `task` says which.
+    """
+
+    name: str
+    task: str
+    caption: str
+    picture: Blob
+    references: tuple[Blob, ...] = ()
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        return (self.picture, *self.references)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What was found at `path`. `notes` are worth telling, `problems` stand in a run's way."""
+
+    path: Path
+    items: tuple[Item, ...]
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def open_dataset(path: str | Path, kind: str = "auto") -> Dataset:
+    """The items of a folder, table or shards; `kind` one of `KINDS`.
+
+    No picture is unpacked. Raises UsageError for an unknown kind, InputError where nothing is to be
+    had at `path`.
+    """
+    if kind not in KINDS:
+        raise UsageError(f'data.kind = "{kind}" must be one of {", ".join(KINDS)}.')
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise InputError(f"the data {place} does not exist.", "Check its path.")
+    try:
+        return _open(place, kind)
+    except OSError as error:
+        raise InputError(f"the data {place} cannot be read: {error.strerror or error}.") from error
+
+
+def _open(place: Path, kind: str) -> Dataset:
+    from hidream.data import shards, tables
+
+    file = place
+    if place.is_dir():
+        found = [place / name for name in METADATA if (place / name).is_file()]
+        others = sorted(p for p in place.iterdir() if p.suffix.lower() in (*TABLES, ".tar"))
+        alone = others if not found and not any(_pictures(place)) else []
+        file = next(iter([*found, *alone]), place)
+    if kind == "auto":
+        kinds = dict.fromkeys(TABLES, "table") | {".tar": "webdataset"}
+        kind = kinds.get(file.suffix.lower(), "folder")
+    if kind == "table":
+        return tables.read(file)
+    if kind == "webdataset":
+        tars = sorted(place.glob("*.tar")) if place.is_dir() else [place]
+        return shards.read(place, tars)
+    if not place.is_dir():
+        raise InputError(
+            f"the data {place} is neither a folder nor a file that is known.",
+            "Tables end in .jsonl or .parquet, shards in .tar.",
+        )
+    return _folder(place)
+
+
+def _pictures(place: Path) -> Iterable[Path]:
+    return (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+
+
+def _folder(place: Path) -> Dataset:
+    """Every picture below `place`, with the text of its name beside it."""
+    pictures, captions, others, problems = [], {}, [], []
+    for path in sorted(place.rglob("*")):
+        name = path.relative_to(place).as_posix()
+        if not path.is_file() or any(part.startswith(".") for part in Path(name).parts):
+            continue
+        if path.suffix.lower() in SUFFIXES:
+            pictures.append(Blob(name, path.read_bytes, path))
+        elif path.suffix.lower() == ".txt":
+            try:
+                captions[name] = caption_of(path.read_bytes()[: MAX_CAPTION_BYTES + 1])
+            except ValueError as error:
+                problems.append(f"{name}: {error}.")
+                captions[name] = "?"  # told already
+        else:
+            others.append(name)
+    notes = []
+    if others:
+        more = ", …" if len(others) > 3 else ""
+        notes.append(f"{len(others)} other files are left out: {', '.join(others[:3])}{more}")
+    items, found = grouped(pictures, captions)
+    if not pictures and not found:
+        found.append(f"{place.name}: there is no picture in it.")
+    return Dataset(path=place, items=items, problems=(*problems, *found), notes=tuple(notes))
+
+
+def caption_of(data: bytes) -> str:
+    """A caption from a file's bytes, its lines as one; ValueError says what is wrong with it."""
+    if len(data) > MAX_CAPTION_BYTES:
+        raise ValueError("it is too long for a caption")
+    try:
+        return " ".join(data.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8") from error
+
+
+def grouped(
+    pictures: Sequence[Blob], captions: dict[str, str], where: str = ""
+) -> tuple[tuple[Item, ...], list[str]]:
+    """Items of files that belong together by their names, and what is wrong.
+
+    NAME.png and NAME.txt are one; with NAME.source.png and NAME.target.png it is an edit; with
+    NAME.png and NAME.ref1.png … a picture of subjects. `where` stands before names in messages.
+    """
+    roles: dict[str, dict[str, Blob]] = defaultdict(dict)
+    texts = {str(PurePosixPath(name).with_suffix("")): text for name, text in captions.items()}
+    problems = []
+    for blob in pictures:
+        stem = str(PurePosixPath(blob.name.removeprefix(where)).with_suffix(""))
+        part = _ROLE.fullmatch(stem)
+        key, role = (part[1], part[2]) if part else (stem, "picture")
+        if role in roles[key]:
+            problems.append(f"{roles[key][role].name} and {blob.name}: two pictures of one name.")
+        else:
+            roles[key][role] = blob
+    items = []
+    for key, parts in roles.items():
+        caption = texts.pop(key, None)
+        first = next(iter(parts.values()))
+        if caption is None:
+            problems.append(f"{first.name}: it has no caption ({where}{key}.txt is not there).")
+        elif not caption:
+            problems.append(f"{where}{key}.txt: the caption is empty.")
+        item, problem = make_item(f"{where}{key}", caption or "", parts)
+        if problem:
+            problems.append(problem)
+        if item is not None and caption:
+            items.append(item)
+    problems += [f"{where}{key}.txt: no picture has this name." for key in texts]
+    return tuple(items), problems
+
+
+def make_item(name: str, caption: str, parts: dict[str, Blob]) -> tuple[Item | None, str]:
+    """An item of its pictures by role, and what is wrong with them, if something is."""
+    references = tuple(
+        parts[role]
+        for role in sorted((r for r in parts if r.startswith("ref")), key=lambda r: int(r[3:]))
+    )
+    if "source" in parts or "target" in parts:
+        for role in ("source", "target"):
+            if role not in parts:
+                return None, f"{name}: an edit has a source and a target; the {role} is missing."
+        if "picture" in parts or references:
+            return None, f"{name}: an edit has a source and a target, and no other picture."
+        made = Item(
+            name=name,
+            task="edit",
+            caption=caption,
+            picture=parts["target"],
+            references=(parts["source"],),
+        )
+        return made, ""
+    if "picture" not in parts:
+        return None, f"{name}: references, but no picture that shows them."
+    task = "subject" if references else "text_to_image"
+    item = Item(
+        name=name, task=task, caption=caption, picture=parts["picture"], references=references
+    )
+    return item, ""
+
+
+def complain(path: Path, problems: Sequence[str]) -> InputError:
+    """One error that tells all of them."""
+    told = tuple(problems[:MAX_TOLD])
+    if len(problems) > MAX_TOLD:
+        told += (f"and {len(problems) - MAX_TOLD} more.",)
+    many = "one thing is" if len(problems) == 1 else f"{len(problems)} things are"
+    return InputError(
+        f"{many} wrong with the data {path}.", "Mend or remove what is named here.", told
+    )

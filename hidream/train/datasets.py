@@ -1,0 +1,355 @@
+"""Training samples out of a dataset: which picture at which step, at which size, beside the world.
+
+Which sample is at a place of the run is a pure function of (seed, place, the dataset), so that
+there is no state to save and any number of processes sees the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+from PIL import Image
+
+from hidream.data.dataset import Item, complain, open_dataset
+from hidream.errors import InputError, UsageError
+from hidream.train.config import Recipe
+from hidream.train.draws import REDRAW, Stream, draw_sample, generator, task_of
+from hidream.world.tasks import TASKS, Sample
+
+logger = logging.getLogger(__name__)
+
+MAX_ASPECT = 4  # of the sizes that pictures are trained at
+NUM_STEPS = 16  # of their sides, at most, along a square's
+MAX_KEPT = 256 * 1024**2  # bytes of pictures that are ready to be trained on
+FINGERPRINT = "data.json"
+Size = tuple[int, int]  # width, height
+_SIDES = {"left", "right", "left-hand", "right-hand"}
+Fits = Callable[[str, str], str]  # (task, caption) -> why it does not fit; empty where it does
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """A sample of a dataset, as the world's are: its words, and its pictures at their sizes."""
+
+    task: str
+    prompt: str
+    pixels: np.ndarray
+    references: tuple[np.ndarray, ...] = ()
+    answer: str = ""
+
+    def target(self, width: int, height: int) -> np.ndarray:
+        """The picture: uint8 (height, width, 3)."""
+        assert self.pixels.shape == (height, width, 3)
+        return self.pixels
+
+    def reference_pictures(self, width: int, height: int) -> tuple[np.ndarray, ...]:
+        """An edit's source at the picture's size; subjects at their own."""
+        return self.references
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A process's samples of a step, all of one task and size.
+
+    `corrupt`: pictures that could not be read, and were replaced.
+    """
+
+    task: str
+    size: Size
+    samples: tuple[Sample | Pictured, ...]
+    corrupt: int
+
+
+class TrainingData:
+    """The dataset of a recipe.
+
+    `multiple`: the model's pictures have sides that are multiples of it, in pixels. Raises
+    InputError for a dataset with anything wrong, UsageError where a stage asks for a task that it
+    has no items of.
+    """
+
+    def __init__(self, recipe: Recipe, multiple: int, fits: Fits | None = None):
+        self.recipe = recipe
+        self.multiple = multiple
+        self.dataset = open_dataset(recipe.data.path, recipe.data.kind)
+        self.items = self.dataset.items
+        self._named: set[str] = set()
+        self._ready = _Kept(MAX_KEPT)
+        self._check(fits or (lambda task, caption: ""))
+
+    def _check(self, fits: Fits) -> None:
+        """Refuse a dataset with anything wrong; its captions and sizes are looked at here."""
+        problems, sizes = list(self.dataset.problems), []
+        for item in self.items:
+            problem = fits(item.task, item.caption)
+            if problem:
+                problems.append(f"{item.name}: {problem}.")
+            sizes.append((1, 1))
+            for blob in item.blobs:
+                try:
+                    found = blob.size()
+                except (InputError, OSError) as error:
+                    problems.append(f"{blob.name}: {_why(error)}")
+                    continue
+                if blob is item.picture:
+                    sizes[-1] = found
+                    problems += self._too_small(blob.name, item.caption, found)
+        if problems:
+            raise complain(self.dataset.path, problems)
+        self.sizes = tuple(sizes)
+        for number, stage in enumerate(self.recipe.stages):
+            for task, weight in stage.tasks.items():
+                if weight and not self._of_task(task):
+                    there = Counter(item.task for item in self.items)
+                    raise UsageError(
+                        f"stages.{number}.tasks has {task}; the data {self.dataset.path} has "
+                        f"{', '.join(f'{n} of {task}' for task, n in sorted(there.items()))}.",
+                        "Give tasks that it has: stages.0.tasks = { "
+                        f"{next(iter(there), 'text_to_image')} = 1.0 }}.",
+                    )
+                if weight and not self._of_stage(number, task):
+                    raise UsageError(
+                        f"stages.{number}.filter leaves none of {len(self._of_task(task))} of "
+                        f"{task} in {self.dataset.path}.",
+                        "Loosen its rules.",
+                    )
+
+    def _too_small(self, name: str, caption: str, found: Size) -> list[str]:
+        for stage in self.recipe.stages:
+            if not stage.filter.admits(caption, math.prod(found)):
+                continue
+            width, height = nearest_size(found, stage.size, self.multiple)
+            if found[0] < width or found[1] < height:
+                return [
+                    f"{name}: {found[0]}x{found[1]} is too small: it would be trained at "
+                    f"{width}x{height}."
+                ]
+        return []
+
+    def unpack_all(self) -> None:
+        """Read every picture whole. Raises InputError that names all that cannot be."""
+        problems = []
+        for item in self.items:
+            for blob in item.blobs:
+                try:
+                    blob.picture()
+                except (InputError, OSError) as error:
+                    problems.append(f"{blob.name}: {_why(error)}")
+        if problems:
+            raise complain(self.dataset.path, problems)
+
+    @property
+    def summary(self) -> str:
+        """What there is, and the sizes at which the last stage trains it."""
+        stage = self.recipe.stages[-1]
+        tasks = Counter(item.task for item in self.items)
+        sizes = Counter(nearest_size(size, stage.size, self.multiple) for size in self.sizes)
+        shown = ", ".join(f"{n} at {w}x{h}" for (w, h), n in sizes.most_common(4))
+        more = ", …" if len(sizes) > 4 else ""
+        return (
+            f"data: {', '.join(f'{n} of {task}' for task, n in sorted(tasks.items()))} "
+            f"({shown}{more})"
+        )
+
+    def draw(self, step: int, rank: int = 0, world: int = 1) -> Drawn:
+        """Process `rank`'s samples of `step`: rank, rank + world, … of the step's."""
+        recipe = self.recipe
+        number, _ = recipe.locate(step)
+        stage, task, first = recipe.stages[number], task_of(recipe, step), recipe.first_sample(step)
+        everything = self._of_stage(number, task)
+        leader = everything[self._at(len(everything), first)]
+        size = nearest_size(self.sizes[leader], stage.size, self.multiple)
+        samples: list[Sample | Pictured] = []
+        corrupt = 0
+        for index in range(first + rank, first + stage.batch_size, world):
+            if generator(recipe.seed, Stream.SOURCE, index).random() < recipe.data.world:
+                samples.append(draw_sample(recipe, stage, task, index))
+                continue
+            sample, failed = self._sample(number, task, size, index)
+            samples.append(sample)
+            corrupt += failed
+        return Drawn(task, size, tuple(samples), corrupt)
+
+    def first(self, task: str, count: int) -> list[Item]:
+        """The first items of a task."""
+        return [self.items[i] for i in self._of_task(task)[:count]]
+
+    def describe(self) -> None:
+        """Write into the run's folder what was learnt from; say so if it is another than before."""
+        told = [(i.name, i.task, i.caption, s) for i, s in zip(self.items, self.sizes, strict=True)]
+        digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        record = {"path": str(self.dataset.path), "items": len(told), "sha256": digest}
+        file = self.recipe.run_dir / FINGERPRINT
+        try:
+            before = json.loads(file.read_text())["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            before = digest
+        if before != digest:
+            logger.warning("%s is not what this run began with.", record["path"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _of_task(self, task: str) -> Sequence[int]:
+        return self._by_task.get(task, ())
+
+    @cached_property
+    def _by_task(self) -> dict[str, tuple[int, ...]]:
+        return {
+            task: tuple(i for i, item in enumerate(self.items) if item.task == task)
+            for task in TASKS
+        }
+
+    @lru_cache(maxsize=64)  # noqa: B019 (as long-lived as the run)
+    def _of_size(self, stage: int, task: str, size: Size) -> tuple[int, ...]:
+        side = self.recipe.stages[stage].size
+        return tuple(
+            i
+            for i in self._of_stage(stage, task)
+            if nearest_size(self.sizes[i], side, self.multiple) == size
+        )
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _of_stage(self, stage: int, task: str) -> tuple[int, ...]:
+        """What a stage's filter admits of a task."""
+        rules = self.recipe.stages[stage].filter
+        return tuple(
+            i
+            for i in self._of_task(task)
+            if rules.admits(self.items[i].caption, math.prod(self.sizes[i]))
+        )
+
+    def _at(self, count: int, place: int) -> int:
+        """Which of `count` is at a place of the run: every epoch has an order of its own."""
+        epoch, inside = divmod(place, count)
+        return int(_order(self.recipe.seed, count, epoch)[inside])
+
+    def _sample(self, stage: int, task: str, size: Size, index: int) -> tuple[Pictured, int]:
+        """The sample at a place of the run, and how many before it could not be read."""
+        these, failed = self._of_size(stage, task, size), 0
+        for number in self._tried(these, index):
+            try:
+                sample = self._pictured(number, size)
+                return mirrored(sample) if self._flips(index) else sample, failed
+            except (InputError, OSError) as error:
+                failed += 1
+                item = self.items[number]
+                if item.name not in self._named:
+                    self._named.add(item.name)
+                    logger.warning("%s is left out: %s", item.name, _why(error))
+        raise InputError(
+            f"of {len(these)} pictures of {self.dataset.path} at {size[0]}x{size[1]}, none can be "
+            "read any more.",
+            "See what was left out above.",
+        )
+
+    def _flips(self, index: int) -> bool:
+        dice = generator(self.recipe.seed, Stream.FLIP, index)
+        return self.recipe.data.flip and dice.random() < 0.5
+
+    def _tried(self, these: Sequence[int], index: int) -> Iterator[int]:
+        """The item at a place, then others of its kind: drawn, and in the end each of them."""
+        for draw in range(4):
+            yield these[self._at(len(these), index + draw * REDRAW)]
+        yield from these
+
+    def _pictured(self, number: int, size: Size) -> Pictured:
+        item = self.items[number]
+        kept = self._ready.get((number, size))
+        if kept is None:
+            pixels = np.asarray(fit(item.picture.picture(), size))
+            pictures = [blob.picture() for blob in item.references]
+            if item.task == "edit":
+                pictures = [fit(picture, size) for picture in pictures]
+            kept = (pixels, *map(np.asarray, pictures))
+            self._ready.put((number, size), kept)
+        return Pictured(item.task, item.caption, kept[0], kept[1:])
+
+
+class _Kept:
+    """Pictures by key, the longest unused leaving first."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.kept: OrderedDict[tuple[int, Size], tuple[np.ndarray, ...]] = OrderedDict()
+
+    def get(self, key: tuple[int, Size]) -> tuple[np.ndarray, ...] | None:
+        if key in self.kept:
+            self.kept.move_to_end(key)
+        return self.kept.get(key)
+
+    def put(self, key: tuple[int, Size], pictures: tuple[np.ndarray, ...]) -> None:
+        self.kept[key] = pictures
+        self.num_bytes += sum(picture.nbytes for picture in pictures)
+        while self.num_bytes > self.max_bytes:
+            _, gone = self.kept.popitem(last=False)
+            self.num_bytes -= sum(picture.nbytes for picture in gone)
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, count: int, epoch: int) -> np.ndarray:
+    return generator(seed, Stream.ORDER, epoch).permutation(count)
+
+
+@lru_cache(maxsize=32)
+def training_sizes(side: int, multiple: int) -> tuple[Size, ...]:
+    """The sizes of a stage: at most side² pixels, sides in steps of `multiple` or some of it."""
+    step = multiple * max(1, round(side / multiple / NUM_STEPS))
+    sizes = []
+    for short in range(step, side + 1, step):
+        long = side * side // short // step * step
+        if long <= MAX_ASPECT * short:
+            sizes += [(long, short), (short, long)]
+    return tuple(dict.fromkeys(sizes)) or ((side, side),)
+
+
+@lru_cache(maxsize=4096)
+def nearest_size(picture: Size, side: int, multiple: int) -> Size:
+    """The size of a stage whose aspect is nearest to the picture's; of equals the largest."""
+    aspect = math.log(picture[0] / picture[1])
+
+    def distance(size: Size) -> tuple[float, int]:
+        return round(abs(math.log(size[0] / size[1]) - aspect), 6), -size[0] * size[1]
+
+    return min(training_sizes(side, multiple), key=distance)
+
+
+def fit(picture: Image.Image, size: Size) -> Image.Image:
+    """The middle of a picture, scaled to `size`: all of one of its sides is seen."""
+    if picture.size == size:
+        return picture
+    width, height = size
+    while picture.width >= 2 * width and picture.height >= 2 * height:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = max(width / picture.width, height / picture.height)
+    scaled = (
+        max(round(picture.width * scale), width),
+        max(round(picture.height * scale), height),
+    )
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def mirrored(sample: Pictured) -> Pictured:
+    """The sample with all its pictures mirrored; as it is where its words tell sides."""
+    if _SIDES & set(sample.prompt.lower().replace(",", " ").replace(".", " ").split()):
+        return sample
+    return replace(
+        sample,
+        pixels=np.ascontiguousarray(sample.pixels[:, ::-1]),
+        references=tuple(np.ascontiguousarray(p[:, ::-1]) for p in sample.references),
+    )
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return f"{error.problem} {error.remedy}".strip()
+    return f"it cannot be read ({getattr(error, 'strerror', None) or error})."
