@@ -1,10 +1,12 @@
 """Storyboards and layouts of the world: what they draw, ask and claim, and what the judge sees."""
 
+import tomllib
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hidream.cli import main
@@ -13,15 +15,17 @@ from hidream.eval import world
 from hidream.judges.layouts import overlap
 from hidream.judges.measure import damages_of
 from hidream.judges.world import judge
+from hidream.models.o1.tokens import encode
 from hidream.storyboard import Panel, Script, compose
 from hidream.train.config import load_recipe
-from hidream.train.o1 import O1Learner
+from hidream.train.data import encode_sample
+from hidream.train.o1 import O1Learner, model_config
 from hidream.world.contact import layout_sheet, storyboard_sheet
 from hidream.world.panels import cut_panels, panel_sheet
 from hidream.world.scene import Dice
 from hidream.world.storyboards import GRIDS
 from hidream.world.tasks import eval_seed, sample
-from tests.pages import ROOT
+from tests.pages import ROOT, all_pages
 
 SEED = 77
 SIDE = {"storyboards": 256, "layout": 128}
@@ -212,9 +216,38 @@ def test_a_recipe_can_train_on_layouts_and_subjects():
     assert batch.x0.shape[0] == 4
 
 
-def test_a_recipe_can_train_on_storyboards():
-    recipe = trained_on({"text_to_image": 1.0}, {"storyboards": 1.0}, text_to_image=(160, 200, 260))
-    assert O1Learner(recipe).make_batch(0).x0.shape[0] == 4
+def test_training_reads_a_layout_as_a_request_is_read():
+    item = next(one for one in (scene("layout", i) for i in range(9)) if len(one.layout) == 2)
+    recipe = trained_on({"subject": 1.0}, {"layout": 1.0})
+    recipe = replace(recipe, objective=replace(recipe.objective, caption_dropout=0.0))
+    tokenizer, config = O1Learner(recipe).tokenizer, model_config(recipe)
+    tokens, _ = encode_sample(recipe, config, tokenizer, (128, 128), item, 0)
+    asked = world.request_of(item, 0)
+    wanted = encode(
+        tokenizer,
+        config,
+        asked.prompt,
+        width=128,
+        height=128,
+        references=asked.references,
+        layout=asked.layout,
+    )
+    assert len(tokens.image_grids) == 3
+    assert torch.equal(tokens.input_ids, wanted.input_ids)
+    assert torch.equal(tokens.references, wanted.references)
+
+
+def test_the_documented_recipe_trains_on_storyboards():
+    page = next(page for page in all_pages() if page.name == "docs/world.md")
+    (block,) = (block for block in page.blocks if block.language == "toml")
+    told = tomllib.loads(block.text)
+    (stage,) = told["stages"]
+    assert set(stage["categories"]) > {"storyboards", "layout", "subjects"}
+    buckets = {name: tuple(lengths) for name, lengths in told["buckets"].items()}
+    recipe = trained_on({"text_to_image": 1.0}, {"storyboards": 1.0}, **buckets)
+    batch = O1Learner(recipe).make_batch(0)
+    assert batch.x0.shape[0] == 4
+    assert batch.redrawn == 0
 
 
 def test_layouts_without_the_task_subject_are_refused(tmp_path):
