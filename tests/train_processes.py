@@ -194,8 +194,9 @@ def drawn(folder: Path, world: World) -> dict[str, float]:
 def draw_coarsely(size: int = 64) -> None:
     """The world's objects from masters of 64 pixels instead of 512, which take seconds."""
     sprites.M = size
-    sprites.drawing.cache_clear()
-    sprites.maps.cache_clear()
+    for drawn in vars(sprites).values():
+        if hasattr(drawn, "cache_clear"):
+            drawn.cache_clear()
 
 
 def main(rank: int, size: int, store: str, folder: Path) -> None:
