@@ -69,16 +69,18 @@ def _world(argv: list[str]) -> int:
         console.show(result)
         return 0
     heads = f"{'category':<20} {'n':>5} {'accuracy':>9} {'95 % interval':>15}"
-    print(f"{heads} {'ceiling':>8} {'floor':>6} {'outside':>15}")
+    print(f"{heads} {'ceiling':>8} {'floor':>6} {'outside':>15} {'IoU':>11}")
     for name, row in result["categories"].items():
         low, high = row["ci95"]
         floor = "–" if row["floor"] is None else f"{row['floor']:.3f}"
         print(
             f"{name:<20} {row['n']:>5} {row['accuracy']:>9.3f} {f'{low:.3f} … {high:.3f}':>15} "
-            f"{row['ceiling']:>8.3f} {floor:>6} {_outside(row):>15}"
+            f"{row['ceiling']:>8.3f} {floor:>6} {_outside(row):>15} {_iou(row):>11}"
         )
     if any("outside_change" in row for row in result["categories"].values()):
         print("outside: change outside the edited region, the model's and the true pictures'")
+    if any("mean_iou" in row for row in result["categories"].values()):
+        print("IoU: mean overlap of boxes and their subjects, the model's and the true pictures'")
     print("the judge: " + ", ".join(f"{name} {value}" for name, value in result["judge"].items()))
     return 0
 
@@ -87,3 +89,9 @@ def _outside(row: dict[str, Any]) -> str:
     """The change outside the edited region, the model's and the ceiling's."""
     change = row.get("outside_change")
     return f"{change['model']:.2f} / {change['ceiling']:.2f} %" if change else "–"
+
+
+def _iou(row: dict[str, Any]) -> str:
+    """The mean overlap of a layout's boxes with their subjects, the model's and the ceiling's."""
+    mean = row.get("mean_iou")
+    return f"{mean['model']:.2f} / {mean['ceiling']:.2f}" if mean else "–"

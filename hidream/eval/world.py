@@ -20,9 +20,11 @@ from hidream.judges.measure import measure_judge
 from hidream.judges.world import Verdict, judge
 from hidream.request import GenerateRequest
 from hidream.world import WORLD_VERSION
+from hidream.world.panels import panel_sheet
 from hidream.world.tasks import CATEGORIES, Sample, eval_seed, sample
 
 BATCH = 16  # requests handed to the pipeline at once
+SHEET_SIDE = 256  # pixels, of a storyboard
 SHEET = 10  # pictures a row of a contact sheet
 RIGHT, WRONG = (60, 160, 60), (200, 50, 50)
 
@@ -55,14 +57,16 @@ def run(
     - floor: the same pictures under one another's prompts; for edits, what the model makes of the
       same sources under one another's instructions. None with a single scene;
     - outside_change, for edits: what changed outside the edited region, in percent of the range,
-      in the model's pictures and in the true ones (`eval.outside`).
+      in the model's pictures and in the true ones (`eval.outside`);
+    - mean_iou, for layouts: the mean over all boxes of intersection over union of box and subject,
+      0 where the subject is not there, in the model's pictures and in the true ones.
 
     With `out`, each category's pictures and `verdicts.jsonl` are kept as they come, and a contact
     sheet with green and red frames; `results.json` is what is returned.
     """
     say = on_progress or (lambda text: None)
     rows: dict[str, dict[str, Any]] = {}
-    side = 0
+    sides: dict[str, int] = {}
     settings: dict[str, Any] = {}
     for category in categories:
         items = [
@@ -73,14 +77,17 @@ def run(
         pictures: list[Image.Image] = []
         rights: list[bool] = []
         outside: list[tuple[float, float]] = []
+        overlaps: list[tuple[float, float]] = []
         for item, result in zip(items, _generate(pipe, items), strict=True):
             picture, verdict = result.images[0], judge(result.images[0], item)
-            side, settings = picture.width, settings or _settings(result.request)
+            sides[category] = picture.width
+            settings = settings or _settings(result.request)
             if record is not None:
                 record.add(picture, item, verdict)
             pictures.append(picture)
             rights.append(verdict.right)
             outside += _outside(picture, item, verdict)
+            overlaps += _overlaps(picture, item, verdict)
             if len(rights) % BATCH == 0 or len(rights) == num_scenes:
                 say(f"{category}: {sum(rights)} of {len(rights)} right")
         if record is not None:
@@ -92,15 +99,11 @@ def run(
             "floor": _floor(pipe, items, pictures),
             "ci95": [round(low, 4), round(high, 4)],
         }
-        if outside:
-            model, ceiling = (sum(values) / len(values) for values in zip(*outside, strict=True))
-            rows[category]["outside_change"] = {
-                "model": round(model, 4),
-                "ceiling": round(ceiling, 4),
-                "n": len(outside),
-            }
+        for field, pairs in (("outside_change", outside), ("mean_iou", overlaps)):
+            if pairs:
+                rows[category][field] = _means(pairs)
     say("judging the judge")
-    judged = measure_judge(seed, num_scenes, side=side, categories=tuple(categories))
+    judged = measure_judge(seed, num_scenes, side=sides, categories=tuple(categories))
     for category, row in rows.items():
         row["ceiling"] = judged["categories"][category]["right_on_true"]
     results = {
@@ -117,19 +120,27 @@ def run(
     return results
 
 
-def request_of(item: Sample, index: int) -> GenerateRequest:
-    """What a person would ask: the prompt, and the pictures that go with it."""
+def request_of(item: Sample, index: int, sheet_side: int = SHEET_SIDE) -> GenerateRequest:
+    """What a person would ask: the prompt, the pictures that go with it and their boxes; for a
+    storyboard, the sheet of `sheet_side` pixels."""
+    if item.panels:
+        sheet = panel_sheet(len(item.panels), item.columns, sheet_side, sheet_side)
+        return GenerateRequest(prompt=item.prompt, sheet=sheet, seed=index)
     pictures = item.reference_pictures(128, 128) if item.task != "text_to_image" else ()
     references = tuple(Image.fromarray(picture) for picture in pictures)
-    return GenerateRequest(prompt=item.prompt, references=references, seed=index)
+    return GenerateRequest(
+        prompt=item.prompt, references=references, layout=item.layout or None, seed=index
+    )
 
 
 def _generate(
     pipe: Pipe, items: Sequence[Sample], prompts: Sequence[str] | None = None
 ) -> Iterator[Result]:
     """One result an item, in order; `prompts` stand in for the items' own."""
+    spec = getattr(pipe, "spec", None)  # stand-ins have none
+    side = max(SHEET_SIDE, spec.defaults.width) if spec else SHEET_SIDE
     requests = iter(
-        replace(request_of(item, index), prompt=prompts[index] if prompts else item.prompt)
+        replace(request_of(item, index, side), prompt=prompts[index] if prompts else item.prompt)
         for index, item in enumerate(items)
     )
     while batch := list(islice(requests, BATCH)):
@@ -158,6 +169,19 @@ def _outside(
     model = outside_change(picture, item, verdict.finding.objects)
     ceiling = outside_change(item.target(*picture.size), item)
     return () if model is None or ceiling is None else ((model, ceiling),)
+
+
+def _overlaps(picture: Image.Image, item: Sample, verdict: Verdict) -> list[tuple[float, float]]:
+    """For each box of a layout, its overlap with its subject: the model's, the true picture's."""
+    if not item.layout:
+        return []
+    true = judge(item.target(*picture.size), item)
+    return list(zip(verdict.overlaps, true.overlaps, strict=True))
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    model, ceiling = (sum(values) / len(values) for values in zip(*pairs, strict=True))
+    return {"model": round(model, 4), "ceiling": round(ceiling, 4), "n": len(pairs)}
 
 
 def _settings(request: GenerateRequest) -> dict[str, Any]:

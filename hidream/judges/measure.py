@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from hidream.camera import CAMERA
+from hidream.judges.panels import OF_CATEGORY
 from hidream.judges.world import JUDGE_VERSION, judge
 from hidream.world.figures import FIGURES
 from hidream.world.render import paste_object, render
@@ -167,6 +168,14 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
+def damages_of(category: str) -> dict[str, Damage]:
+    """The damages that are done to a category's pictures, some of them to some only."""
+    own = OF_CATEGORY.get(category, {})
+    if category == "storyboards":  # the others know of one scene
+        return {**own, "blurred": blurred, "noisy": noisy}
+    return {**DAMAGES, **own}
+
+
 def _byte(picture: np.ndarray) -> Picture:
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
@@ -193,15 +202,16 @@ def measure_judge(
     seed: int,
     num_scenes: int,
     *,
-    side: int = 128,
+    side: int | Mapping[str, int] = 128,
     categories: tuple[str, ...] = CATEGORIES,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """The judge's figures on `num_scenes` scenes of evaluation seed `seed` for each category.
 
     Every scene is judged as it is and once with one damage, each kind of damage in turn (the ones
-    that do not apply to a scene are passed over). Returns `right_on_true` and `wrong_on_damaged`,
-    over all and by category and damage, with the numbers of pictures.
+    that do not apply to a scene are passed over). `side` is that of the square pictures in pixels,
+    or that of each category. Returns `right_on_true` and `wrong_on_damaged`, over all and by
+    category and damage, with the numbers of pictures.
     """
     truths: dict[str, list[bool]] = {}
     damaged: dict[str, list[bool]] = {}
@@ -209,14 +219,16 @@ def measure_judge(
     done, total = 0, num_scenes * len(categories)
     for category in categories:
         truths[category], damaged[category] = [], []
+        pixels = side if isinstance(side, int) else side[category]
+        damages = damages_of(category)
         for index in range(num_scenes):
             item = sample("text_to_image", eval_seed(seed), index, category=category)
-            truths[category].append(judge(item.target(side, side), item).right)
+            truths[category].append(judge(item.target(pixels, pixels), item).right)
             dice = Dice(seed, index, CATEGORIES.index(category))
-            names = list(DAMAGES)
+            names = list(damages)
             for step in range(len(names)):
                 name = names[(index + step) % len(names)]
-                picture = DAMAGES[name](item, dice, side)
+                picture = damages[name](item, dice, pixels)
                 if picture is not None:
                     wrong = not judge(picture, item).right
                     damaged[category].append(wrong)

@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 
 from hidream.judges.finding import Finding, Found, find
+from hidream.judges.layouts import LEAST_IOU, box_overlaps
 from hidream.judges.shots import ShotFinding, find_shot
+from hidream.world.panels import cut_panels
 from hidream.world.sample import Claim, Sample
 from hidream.world.scene import Object, holds, size_name
 
@@ -18,22 +20,44 @@ IN_PLACE = 0.08  # how far an untouched object of an edit may have moved
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a picture is right, why not, and what was found in it."""
+    """Whether a picture is right, why not, and what was found in it; of a layout, the overlap of
+    each asked box with its subject's (intersection over union)."""
 
     right: bool
     reasons: tuple[str, ...]
-    finding: Finding | ShotFinding = field(repr=False)
+    overlaps: tuple[float, ...] = ()
+    finding: Finding | ShotFinding | tuple[Finding, ...] = field(repr=False)
 
 
 def judge(picture: Image.Image | np.ndarray, sample: Sample) -> Verdict:
     """Whether the picture shows what the sample's prompt asks for, and nothing else."""
+    if sample.panels:
+        return _judge_panels(picture, sample)
     if sample.scene.camera is not None:
         return _judge_shot(find_shot(picture), sample)
     finding = find(picture)
     reasons = list(finding.faults)
     check = _check_edit if sample.task == "edit" else _check_claims
     reasons += check(finding, sample)
-    return Verdict(right=not reasons, reasons=tuple(reasons), finding=finding)
+    allowed = [[_fulfils(o, c) for o in finding.objects] for c in sample.claims.objects]
+    overlaps = tuple(box_overlaps(finding.objects, sample.layout, allowed)) if sample.layout else ()
+    if any(overlap < LEAST_IOU for overlap in overlaps):
+        reasons.append(f"box overlaps {', '.join(f'{overlap:.2f}' for overlap in overlaps)}")
+    return Verdict(right=not reasons, reasons=tuple(reasons), overlaps=overlaps, finding=finding)
+
+
+def _judge_panels(picture: Image.Image | np.ndarray, sample: Sample) -> Verdict:
+    """Every panel as its words say, and the subject in one colour in all."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    cut = cut_panels(image, len(sample.panels), sample.columns)
+    verdicts = [judge(one, panel) for one, panel in zip(cut, sample.panels, strict=True)]
+    reasons = [f"panel {n}: {why}" for n, v in enumerate(verdicts, 1) for why in v.reasons]
+    findings = tuple(v.finding for v in verdicts if isinstance(v.finding, Finding))
+    kind = sample.claims.objects[0].kind
+    colors = {o.color for finding in findings for o in finding.objects if o.kind == kind}
+    if len(colors) > 1:
+        reasons.append(f"the {kind} is {', '.join(sorted(colors))}")
+    return Verdict(right=not reasons, reasons=tuple(reasons), finding=findings)
 
 
 def _judge_shot(finding: ShotFinding, sample: Sample) -> Verdict:

@@ -17,12 +17,14 @@ from hidream.train.filter import Filter, check_filter
 from hidream.train.layout import Parallel, check_batches, check_parallel, layout_of
 from hidream.train.objective import Objective, Perceptual, check_objective
 from hidream.train.track import TRACKERS
-from hidream.world.tasks import CATEGORIES, TASKS
+from hidream.world.tasks import CATEGORIES, SUBJECTS, TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 LORA_KEYS = ("diffusers", "comfyui")
-TEXT_CATEGORIES = tuple(name for name in CATEGORIES if name not in ("edits", "subjects"))
+#: What validation draws: one square picture a scene.
+SQUARE = tuple(name for name in CATEGORIES if name != "storyboards")
+OF_WORDS = tuple(name for name in SQUARE if name not in ("edits", *SUBJECTS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,11 @@ class Stage:
     `size` is the side of the square picture in pixels; `batch_size` counts the samples of one step
     over all processes. The rate climbs over the first `warmup` steps from where the stage before
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
-    `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image (none: the
-    world's own mix), `filter` says which of their samples are taken. `objective` has what is other
-    than in the recipe's own. `sparsity` of O1 is the share of the attention between blocks of a
-    picture's patches that is left out: the network learns to do without (`hidream.nn.sparse`).
+    `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image and of
+    subject (where a task has none: the world's own mix), `filter` says which of their samples are
+    taken. `objective` has what is other than in the recipe's own. `sparsity` of O1 is the share of
+    the attention between blocks of a picture's patches that is left out: the network learns to do
+    without (`hidream.nn.sparse`).
     """
 
     size: int
@@ -478,7 +481,11 @@ def _check(recipe: Recipe) -> None:
             min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
             f"{where}: warmup + decay must fit into its {stage.steps} steps.",
         )
-        for table, known in (("tasks", TASKS), ("categories", tuple(PLANS))):
+        require(
+            stage.tasks.get("subject", 0) > 0 or not any(map(stage.categories.get, SUBJECTS)),
+            f"{where}.categories names {' or '.join(SUBJECTS)}, but {where}.tasks no subject.",
+        )
+        for table, known in (("tasks", TASKS), ("categories", (*PLANS, *SUBJECTS))):
             weights = getattr(stage, table)
             for key, weight in weights.items():
                 if key not in known:
@@ -499,7 +506,7 @@ def _check_validation(recipe: Recipe) -> None:
     options = recipe.validation
     if options.every == 0:
         return
-    known = {"o1": CATEGORIES, "i1": TEXT_CATEGORIES, "e1": ("edits",)}.get(recipe.family)
+    known = {"o1": SQUARE, "i1": OF_WORDS, "e1": ("edits",)}.get(recipe.family)
     if known is None:
         raise UsageError(
             f"{recipe.model} draws no scenes of the world.", "Leave validation.every at 0."

@@ -15,7 +15,7 @@ from hidream.errors import ModelError
 from hidream.models.o1.batch import IGNORE, Batch, collate
 from hidream.models.o1.config import O1Config
 from hidream.models.o1.patches import patchify, to_tensor
-from hidream.models.o1.references import prepare_references
+from hidream.models.o1.references import Box, prepare_references
 from hidream.models.o1.tokens import (
     UNCONDITIONAL_PROMPT,
     Tokenizer,
@@ -218,15 +218,18 @@ def padded_lengths(
     if task in TEXT_TASKS:
         tokens = encode_text(tokenizer, config, "", blank, [tokenizer.special["<|im_end|>"]])
     else:
+        # a layout's picture is as large as a reference
         prepared = _prepare(config, (size, size), blank)
         tokens = encode_prepared(tokenizer, config, "", prepared, width=size, height=size)
     return len(tokens.input_ids) + shape.longest, len(tokens.references)
 
 
-def _prepare(config: O1Config, size: Size, pictures: list[Image.Image]) -> list[Image.Image]:
+def _prepare(
+    config: O1Config, size: Size, pictures: list[Image.Image], layout: Sequence[Box] = ()
+) -> list[Image.Image]:
     return prepare_references(
         pictures,
-        (),
+        layout,
         width=size[0],
         height=size[1],
         patch_size=config.patch_size,
@@ -280,7 +283,9 @@ def _num_words(tokenizer: Tokenizer, sample: Sample) -> int:
 
 
 def _num_pictures(sample: Sample) -> int:
-    return 1 if sample.task in ("edit", "understanding") else len(sample.subjects)
+    if sample.task in ("edit", "understanding"):
+        return 1
+    return len(sample.subjects) + bool(sample.layout)  # a layout is one more picture
 
 
 def encode_sample(
@@ -299,16 +304,17 @@ def encode_sample(
         num_text = len(tokens.input_ids)
         return tokens, slice(num_text - len(answer), num_text)
     prompt, objective = sample.prompt, recipe.objective
+    layout = sample.layout if isinstance(sample, Sample) else ()
     drop_caption, drop_references = generator(recipe.seed, Stream.DROPOUT, index).random(2)
     if drop_caption < objective.caption_dropout:
         prompt = UNCONDITIONAL_PROMPT
         if drop_references < objective.reference_dropout / max(objective.caption_dropout, 1e-9):
-            pictures = []
+            pictures, layout = [], ()
     tokens = encode_prepared(
         tokenizer,
         config,
         prompt,
-        _prepare(config, size, pictures),
+        _prepare(config, size, pictures, layout),
         width=size[0],
         height=size[1],
     )

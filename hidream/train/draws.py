@@ -72,8 +72,9 @@ def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
 def candidate(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
     """The world's sample `index` of a task, of one of the stage's categories if it names some."""
     category = None
-    if task == "text_to_image" and stage.categories:
-        category = weighted(stage.categories, generator(recipe.seed, Stream.CATEGORY, index))
+    own = {name: w for name, w in stage.categories.items() if w and tasks.task_of(name) == task}
+    if own:
+        category = weighted(own, generator(recipe.seed, Stream.CATEGORY, index))
     return tasks.sample(task, recipe.seed, index, category=category)
 
 

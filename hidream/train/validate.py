@@ -69,6 +69,7 @@ def _request(item: Sample, index: int, size: int, num_steps: int) -> GenerateReq
     return GenerateRequest(
         prompt=item.prompt,
         references=tuple(Image.fromarray(picture) for picture in pictures),
+        layout=item.layout or None,
         seed=index,
         width=size,
         height=size,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hidream.limits import Box
+from hidream.world.panels import draw_panels
 from hidream.world.render import render, render_subject
 from hidream.world.scene import Scene, Subject
 
@@ -41,7 +43,9 @@ class Sample:
 
     `answer` is the text to learn (language: a caption; understanding: a caption or an answer).
     An edit has `edit` (one of `EDITS`), the `source` scene, and `changed`: the indices, in
-    `scene.objects`, of the objects the edit touches.
+    `scene.objects`, of the objects the edit touches. A `layout` has the box (x1, x2, y1, y2) of
+    each subject. A storyboard has `panels`, each a sample of its own, so many `columns` of them to
+    a row; its `scene` and `claims` are the first panel's.
     """
 
     task: str
@@ -54,9 +58,15 @@ class Sample:
     subjects: tuple[Subject, ...] = ()
     edit: str = ""
     changed: tuple[int, ...] = ()
+    layout: tuple[Box, ...] = ()
+    panels: tuple[Sample, ...] = ()
+    columns: int = 0
 
     def target(self, width: int, height: int) -> np.ndarray:
-        """The picture of the scene: uint8 (height, width, 3)."""
+        """The picture of the scene, or of all panels: uint8 (height, width, 3)."""
+        if self.panels:
+            scenes = [panel.scene for panel in self.panels]
+            return np.asarray(draw_panels(scenes, self.columns, width, height))
         return render(self.scene, width, height)
 
     def reference_pictures(self, width: int, height: int) -> tuple[np.ndarray, ...]:

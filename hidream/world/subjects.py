@@ -16,14 +16,14 @@ def subject(dice: Dice, category: str | None) -> Sample:
     kinds = dice.some(ALL_KINDS, count)
     subjects = []
     for kind in kinds:
-        first, second = _two_colors(dice)
+        first, second = two_colors(dice)
         pattern = dice.pick(PATTERNS)
         subjects.append(Subject(kind=kind, pattern=pattern, color=first, color2=second))
     low = {1: ("medium", "large"), 2: ("medium",), 3: ("medium",)}[count]
     parts = [
         Part(kind=s.kind, color=s.color, subject=s, size=SIZES[dice.pick(low)]) for s in subjects
     ]
-    nouns = [_subject_noun(dice, i, s, count) for i, s in enumerate(subjects)]
+    nouns = [subject_noun(dice, i, s, count) for i, s in enumerate(subjects)]
     if count == 1 and dice.chance(0.3):  # a plain object beside the subject
         kind = dice.pick([k for k in ALL_KINDS if k not in kinds])
         parts.append(Part(kind=kind, color=dice.pick(COLORS)))
@@ -59,7 +59,7 @@ def subject(dice: Dice, category: str | None) -> Sample:
     )
 
 
-def _two_colors(dice: Dice) -> list[str]:
+def two_colors(dice: Dice) -> list[str]:
     """Two colours that can be told apart within one small texture."""
     while True:
         pair = dice.some(COLORS, 2)
@@ -68,7 +68,7 @@ def _two_colors(dice: Dice) -> list[str]:
             return pair
 
 
-def _subject_noun(dice: Dice, i: int, subject: Subject, count: int) -> str:
+def subject_noun(dice: Dice, i: int, subject: Subject, count: int) -> str:
     """How the prompt points at reference picture i: "the mug in the first picture"."""
     what = subject.kind if dice.chance(0.8) else "object"
     if count == 1:

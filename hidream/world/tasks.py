@@ -11,6 +11,7 @@ from collections.abc import Callable
 from hidream.errors import UsageError
 from hidream.world.editing import EDITS, edit
 from hidream.world.language import language, understanding
+from hidream.world.layouts import layout
 from hidream.world.sample import Sample
 from hidream.world.scene import Dice
 from hidream.world.subjects import subject
@@ -30,19 +31,30 @@ CATEGORIES = (
     "shots",
     "many_words",
     "casual",
+    "storyboards",
+    "layout",
 )
 #: What world 2.0 added: numbered after all that was there, whose samples so stay the same.
-LATER = ("shots", "many_words", "casual")
+LATER = ("shots", "many_words", "casual", "storyboards", "layout")
+#: Those of the task subject.
+SUBJECTS = ("subjects", "layout")
 TRAIN_SEEDS = range(2**32)
 EVAL_SEEDS = range(2**32, 2**33)
 
 _MAKE: dict[str, Callable[[Dice, str | None], Sample]] = {
     "text_to_image": text_to_image,
     "edit": edit,
-    "subject": subject,
+    "subject": lambda dice, name: layout(dice) if name == "layout" else subject(dice, name),
     "language": language,
     "understanding": understanding,
 }
+
+
+def task_of(category: str) -> str:
+    """The task whose samples a category holds."""
+    if category in EDITS or category == "edits":
+        return "edit"
+    return "subject" if category in SUBJECTS else "text_to_image"
 
 
 def check_seed(seed: int, purpose: str) -> int:
@@ -65,7 +77,7 @@ def eval_seed(seed: int) -> int:
 def sample(task: str, seed: int, index: int, *, category: str | None = None) -> Sample:
     """Item `index` of a task: a pure function of its arguments.
 
-    `category` (text_to_image: one of `CATEGORIES` or "related", "free"; edit: one of `EDITS`)
+    `category` (one of `CATEGORIES`, "related", "free" or `EDITS`; it names its task)
     restricts the kind of item; None mixes them as in training.
     """
     if task not in _MAKE:
@@ -74,7 +86,9 @@ def sample(task: str, seed: int, index: int, *, category: str | None = None) -> 
     known = (*first, *EDITS, "edits", "subjects", *LATER)
     if category is not None and category not in known:
         raise UsageError(f'unknown category "{category}".', f"Known are {', '.join(known)}.")
-    if category in ("edits", "subjects"):
+    if category == "layout":
+        task = "subject"
+    elif category in ("edits", "subjects"):
         task, category = {"edits": "edit", "subjects": "subject"}[category], None
     chosen = 0 if category is None else 1 + known.index(category)
     return _MAKE[task](Dice(TASKS.index(task), chosen, seed, index), category)

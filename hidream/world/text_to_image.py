@@ -10,6 +10,7 @@ from hidream.world.build import Part, build_scene, claims_of, some_things
 from hidream.world.sample import Sample
 from hidream.world.scene import BACKGROUNDS, RELATIONS, SIGN_STYLES, Dice
 from hidream.world.shots import shots
+from hidream.world.storyboards import storyboards
 from hidream.world.typed import typed
 
 _MIX = (  # what text_to_image draws from when no category is asked for
@@ -142,6 +143,7 @@ PLANS: dict[str, Callable[[Dice], _Plan | Sample]] = {
     "shots": shots,
     "many_words": _many_words,
     "casual": _casual,
+    "storyboards": storyboards,
 }
 #: How often the prompt names the background; the categories of evaluation never do.
 _SAY_BACKGROUND = {"related": 0.25, "free": 0.55}
