@@ -93,7 +93,9 @@ def cache_latents(
         if rank == 0:
             _begin(work, encode)
         barrier()
-        _encode_rest(work, encode, rank, world, on_progress)
+        left = _left(work)
+        barrier()  # all have seen what is left before one of them makes it less
+        _encode(work, encode, rank, left[rank::world], on_progress)
         barrier()
         if rank == 0:
             _finish(work)
@@ -150,15 +152,19 @@ def _begin(work: _Work, encode: Encode) -> None:
     part.begin(work.folder, work.plan | {"shape": list(shape)}, names, np.dtype("<f4"), shape)
 
 
-def _encode_rest(
+def _left(work: _Work) -> list[range]:
+    """The batches that no process has noted."""
+    done = {record["first"] for record in part.records(work.folder)}
+    return [batch for batch in work.batches if batch.start not in done]
+
+
+def _encode(
     work: _Work,
     encode: Encode,
     rank: int,
-    world: int,
+    mine: Sequence[range],
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    done = {record["first"] for record in part.records(work.folder)}
-    mine = [batch for batch in work.batches if batch.start not in done][rank::world]
     num_done, num_all = 0, sum(map(len, mine))
     with part.Part(work.folder, rank) as items:
         for batch, pictures in zip(mine, _pictures(work, mine), strict=True):

@@ -68,7 +68,7 @@ def test_the_command_of_the_page(tmp_path, monkeypatch):
     (tmp_path / "rocket").mkdir()
     tiny.picture(1, 90, 90).save(tmp_path / "rocket" / "a.png")
     (tmp_path / "rocket" / "a.txt").write_text("a red rocket on grass")
-    more = {"train": [f"stages=[{{ {FEW} }}]"], "generate": ["--steps", "1", "-o", "out.png"]}
+    more = {"train": [f"stages=[{FEW}]"], "generate": ["--steps", "1", "-o", "out.png"]}
     for command in commands:
         assert main([*command.arguments, *more[command.arguments[0]]]) == 0
     assert (tmp_path / "out.png").is_file()

@@ -103,7 +103,7 @@ def test_resume_is_bit_identical_in_one_process(recipe_file, tmp_path, muon):
     ]
     steps, resumed = ([r for r in log if "message" not in r] for log in logs)
     assert [r["step"] for r in steps] == [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
-    clock = {"samples_per_second", "seconds_left", "waiting"}
+    clock = {"samples_per_second", "seconds_left", "waiting", "mfu"}
     for a, b in zip(steps, resumed, strict=True):
         assert {k: a[k] for k in a.keys() - clock} == {k: b[k] for k in b.keys() - clock}
 

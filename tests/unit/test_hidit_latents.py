@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import h5py
@@ -59,10 +60,14 @@ def encode(pictures):
     return blocks.mean((3, 5)), blocks.std((3, 5))
 
 
-def cache(data, out, name="vae", world=1, **options):
-    """`cache_latents` by `world` threads that stand for processes."""
+def cache(data, out, name="vae", world=1, late=0.0, **options):
+    """`cache_latents` by `world` threads that stand for processes, all but the first `late`."""
     barrier = threading.Barrier(world)
     found, errors = {}, []
+
+    def wait(rank):
+        barrier.wait()
+        time.sleep(late if rank else 0)
 
     def run(rank):
         try:
@@ -74,7 +79,7 @@ def cache(data, out, name="vae", world=1, **options):
                 batch_size=BATCH,
                 rank=rank,
                 world=world,
-                barrier=barrier.wait,
+                barrier=lambda: wait(rank),
                 **{key: value for key, value in options.items() if key != "encode"},
             )
         except Exception as error:
@@ -122,6 +127,12 @@ def test_the_file_is_of_the_published_format(data, whole):
             mean, std = encode(torch.tensor(pixels[None]) / 127.5 - 1)
             assert (file[key].dtype, file[key].shape) == (np.float32, (6, 4, 4))
             assert np.allclose(file[key][()], torch.cat([mean, std], 1)[0], atol=1e-6)
+
+
+def test_who_comes_late_still_takes_its_share(data, whole, tmp_path):
+    """What is left is looked up before anybody makes it less."""
+    cache(data, tmp_path, world=3, late=0.3)
+    assert content(tmp_path) == content(whole)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -1,7 +1,9 @@
 """Validation: fixed scenes, verdicts in log and trackers, and time that is not counted."""
 
 import json
+import re
 import sys
+import tomllib
 import types
 from dataclasses import replace
 
@@ -158,3 +160,10 @@ def test_emulated_bf16_is_warned_of(monkeypatch):
         assert rate.slow_precision(load_recipe(file)) is None, file
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert rate.slow_precision(slow) is None
+
+
+def test_the_page_shows_a_table_that_a_recipe_takes():
+    page = (RECIPES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```toml\n(\[validation\].*?)```", page, flags=re.S)
+    found = parse_recipe(PLAIN | tomllib.loads(shown)).validation
+    assert (found.every, found.scenes, len(found.categories)) == (500, 4, 4)
