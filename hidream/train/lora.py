@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hidream.errors import InputError, UsageError
 from hidream.nn.lora import Adapter, adapted
+from hidream.pipelines.base import Pipeline
 from hidream.train.config import Lora, Recipe
 from hidream.train.distributed import PendingSum
 from hidream.train.draws import Stream, generator
@@ -142,6 +143,9 @@ class LoraLearner(Learner):
 
     def grid(self, model: Adapters, step: int) -> Image.Image:
         return self.inner.grid(model.eval().network, step)
+
+    def pipeline(self, model: Adapters) -> Pipeline:
+        return self.inner.pipeline(model.eval().network)
 
     def export(self, model: Adapters, out_dir: Path) -> Path:
         """One file, which `hidream generate --lora` reads."""

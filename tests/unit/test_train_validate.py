@@ -14,6 +14,7 @@ from PIL import Image
 from hidream.errors import UsageError
 from hidream.train import load_recipe, rate, run, worker
 from hidream.train.config import Recipe, parse_recipe
+from hidream.train.learner import learner_of
 from hidream.train.log import Meter, readable
 from hidream.train.validate import scenes, validate
 from hidream.world.tasks import TRAIN_SEEDS, eval_seed
@@ -92,6 +93,26 @@ def test_a_run_validates_its_averages_and_tells_the_tracker(tmp_path, monkeypatc
     assert all(0 < line["mfu"] < 1.5 for line in steps)
     seen = {(step, name) for step, values in told for name in values}
     assert {(2, "right_all"), (2, "right_edits"), (3, "mfu"), (3, "loss_text_to_image")} <= seen
+
+
+def test_a_lora_is_validated_as_its_model_with_it(tmp_path, tiny_folder):
+    drawn = []
+    for scale in (0.0, 1.0):
+        recipe = recipe_of(
+            tmp_path,
+            init=str(tiny_folder),
+            tokenizer=str(tiny_folder),
+            lora={"rank": 2},
+            stages=[PLAIN["stages"][0] | {"size": 32, "steps": 3, "batch_size": 2}],
+            validation=OPTIONS | {"scenes": 1, "categories": ["single"]},
+        )
+        learner = learner_of(recipe)
+        adapters = learner.build()
+        for parameter in adapters.parameters():
+            parameter.data.fill_(scale)
+        assert validate(recipe, learner.pipeline(adapters), 2)["step"] == 2
+        drawn.append((recipe.run_dir / "validation" / "0000002.png").read_bytes())
+    assert drawn[0] != drawn[1]
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(tmp_path, monkeypatch):
