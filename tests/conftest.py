@@ -27,6 +27,17 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch works on one thread: what is summed by several is not always bit-identical."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of fixtures beside the repository; tests of it are skipped where it is not."""

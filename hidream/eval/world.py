@@ -20,11 +20,10 @@ from hidream.judges.measure import measure_judge
 from hidream.judges.world import Verdict, judge
 from hidream.request import GenerateRequest
 from hidream.world import WORLD_VERSION
-from hidream.world.panels import panel_sheet
+from hidream.world.asking import SHEET_SIDE, request_of
 from hidream.world.tasks import CATEGORIES, Sample, eval_seed, sample
 
 BATCH = 16  # requests handed to the pipeline at once
-SHEET_SIDE = 256  # pixels, of a storyboard
 SHEET = 10  # pictures a row of a contact sheet
 RIGHT, WRONG = (60, 160, 60), (200, 50, 50)
 
@@ -120,19 +119,6 @@ def run(
     return results
 
 
-def request_of(item: Sample, index: int, sheet_side: int = SHEET_SIDE) -> GenerateRequest:
-    """What a person would ask: the prompt, the pictures that go with it and their boxes; for a
-    storyboard, the sheet of `sheet_side` pixels."""
-    if item.panels:
-        sheet = panel_sheet(len(item.panels), item.columns, sheet_side, sheet_side)
-        return GenerateRequest(prompt=item.prompt, sheet=sheet, seed=index)
-    pictures = item.reference_pictures(128, 128) if item.task != "text_to_image" else ()
-    references = tuple(Image.fromarray(picture) for picture in pictures)
-    return GenerateRequest(
-        prompt=item.prompt, references=references, layout=item.layout or None, seed=index
-    )
-
-
 def _generate(
     pipe: Pipe, items: Sequence[Sample], prompts: Sequence[str] | None = None
 ) -> Iterator[Result]:
@@ -140,7 +126,10 @@ def _generate(
     spec = getattr(pipe, "spec", None)  # stand-ins have none
     side = max(SHEET_SIDE, spec.defaults.width) if spec else SHEET_SIDE
     requests = iter(
-        replace(request_of(item, index, side), prompt=prompts[index] if prompts else item.prompt)
+        replace(
+            request_of(item, index, sheet_side=side),
+            prompt=prompts[index] if prompts else item.prompt,
+        )
         for index, item in enumerate(items)
     )
     while batch := list(islice(requests, BATCH)):

@@ -451,6 +451,11 @@ def _check(recipe: Recipe) -> None:
         f"data.world = {recipe.data.world} must be at least 0 and less than 1.",
     )
     require(
+        bool(recipe.data.path) or recipe.data.world == 0,
+        f"data.world = {recipe.data.world} is a share beside pictures of your own: name them, "
+        "data=FOLDER.",
+    )
+    require(
         recipe.report_to in TRACKERS,
         f'report_to = "{recipe.report_to}" must be one of {", ".join(TRACKERS)}.',
     )

@@ -66,6 +66,11 @@ class Layout:
         return self.replicate * self.shard * self.sp * self.tp
 
     @property
+    def num_shards(self) -> int:
+        """Into how many parts FSDP2 cuts what tensor parallel leaves: who shares tokens, too."""
+        return self.shard * self.sp
+
+    @property
     def num_readers(self) -> int:
         """Into how many parts the samples of a step are dealt."""
         return self.replicate * self.shard

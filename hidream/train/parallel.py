@@ -59,7 +59,7 @@ class Processes:
         """How weights lie: `replicate` · `shard` · `tp`. Those that share tokens have the same
         weights, and their part in averaging or sharding them."""
         layout = self.layout
-        shape = (layout.replicate, layout.shard * layout.sp, layout.tp)
+        shape = (layout.replicate, layout.num_shards, layout.tp)
         if layout.shard == 1:
             shape = (layout.replicate * layout.sp, 1, layout.tp)
         return init_device_mesh(

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
 
 from hidream.judges.world import judge
 from hidream.pipelines.base import Pipeline
-from hidream.request import GenerateRequest
 from hidream.train.config import Recipe
 from hidream.train.grids import montage
+from hidream.world.asking import request_of
 from hidream.world.tasks import Sample, eval_seed, sample
 
 SEED = 1_000_000  # of evaluation; none that anybody picks for `hidream eval`, whose seed is 0
@@ -40,7 +40,16 @@ def validate(recipe: Recipe, pipe: Pipeline, step: int) -> dict[str, Any]:
     started, options = time.monotonic(), recipe.validation
     number, _ = recipe.locate(step - 1)
     size, items = recipe.stages[number].size, scenes(recipe)
-    requests = [_request(item, i, size, options.steps) for i, item in enumerate(items)]
+    steps = options.steps or None
+    requests = [
+        replace(
+            request_of(item, index, side=size),
+            width=size,
+            height=size,
+            num_inference_steps=steps,
+        )
+        for index, item in enumerate(items)
+    ]
     pictures = [output.images[0] for output in pipe(requests)]
     rights = [judge(picture, item).right for picture, item in zip(pictures, items, strict=True)]
     file = recipe.run_dir / "validation" / f"{step:07d}.png"
@@ -59,22 +68,6 @@ def validate(recipe: Recipe, pipe: Pipeline, step: int) -> dict[str, Any]:
         "validation_seconds": seconds,
         "message": f"step {step}: {_share(rights):.2f} right ({told}), {seconds:.0f} s: {file}",
     }
-
-
-def _request(item: Sample, index: int, size: int, num_steps: int) -> GenerateRequest:
-    """What a person would ask, of a square picture; item i has seed i."""
-    pictures: Sequence[Any] = ()
-    if item.task != "text_to_image":
-        pictures = item.reference_pictures(size, size)
-    return GenerateRequest(
-        prompt=item.prompt,
-        references=tuple(Image.fromarray(picture) for picture in pictures),
-        layout=item.layout or None,
-        seed=index,
-        width=size,
-        height=size,
-        num_inference_steps=num_steps or None,
-    )
 
 
 def _share(rights: Sequence[bool]) -> float:

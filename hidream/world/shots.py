@@ -34,7 +34,7 @@ SHOT_PHRASES: dict[str, tuple[str, ...]] = {
     "full": ("a full shot of", "a full-length shot of", "a long shot of"),
     "medium-full": ("a medium full shot of", "a medium long shot of"),
     "medium": ("a medium shot of", "a mid shot of"),
-    "medium-close-up": ("a medium close-up of", "a medium close-up of"),
+    "medium-close-up": ("a medium close-up of",),
     "close-up": ("a close-up of", "a close-up shot of", "a close shot of"),
     "extreme-close-up": ("an extreme close-up of", "a macro shot of", "a detail of"),
 }

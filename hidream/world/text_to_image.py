@@ -107,10 +107,10 @@ def _many_words(dice: Dice) -> _Plan:
 
 def _casual(dice: Dice) -> _Plan:
     """What the categories of evaluation draw; its prompts are those of `typed`."""
-    return _CASUAL[dice.weighted(_CASUAL_MIX)](dice)
+    return _PLAIN[dice.weighted(_CASUAL_MIX)](dice)
 
 
-_CASUAL: dict[str, Callable[[Dice], _Plan]] = {
+_PLAIN: dict[str, Callable[[Dice], _Plan]] = {
     "single": _single,
     "colors": _colors,
     "two_objects": _two_objects,
@@ -130,13 +130,7 @@ _CASUAL_MIX = (
 )
 
 PLANS: dict[str, Callable[[Dice], _Plan | Sample]] = {
-    "single": _single,
-    "colors": _colors,
-    "two_objects": _two_objects,
-    "position": _position,
-    "counting": _counting,
-    "attribute_binding": _attribute_binding,
-    "words": _words,
+    **_PLAIN,
     "related": related,
     "free": free,
     # since world 2.0; none of them is in `_MIX`

@@ -18,6 +18,7 @@ from hidream.train import load_recipe, run
 from hidream.train.export import export
 from hidream.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 name = "tiny"
@@ -54,14 +55,6 @@ def recipe_file(tmp_path_factory):
         RECIPE.replace("seed", f'tokenizer = "{folder}/tokenizer"\nseed')
     )
     return folder / "tiny.toml"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def last_tensors(run_dir):

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from hidream.cli.main import main
@@ -15,17 +14,10 @@ from hidream.train import load_recipe
 from hidream.train.loop import train
 from tests.e2e.test_training import after, assert_same_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGE = "{ size = 64, steps = 3, batch_size = 2, learning_rate = 1e-3, tasks = { TASK = 1.0 } }"
 FEW = ("processes=1", "log_every=1", "checkpoint_every=0", "grid_every=0")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

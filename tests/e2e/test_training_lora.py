@@ -20,6 +20,7 @@ from hidream.train.loop import train
 from tests import tiny
 from tests.e2e.test_training import after, assert_same_run, last_tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Path(__file__).parents[2] / "recipes" / "lora.toml"
 STAGE = "{ size = 64, steps = 4, batch_size = 2, learning_rate = 3e-2, tasks = { TASK = 1.0 } }"
 FEW = (
@@ -29,14 +30,6 @@ FEW = (
     "lora.alpha=2.0",
     "optimizer.ema_decay=0",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,14 @@ def test_steps_and_samples_are_counted_over_stages():
 def test_data_is_short_for_its_path():
     recipe = load_recipe(RECIPES / "lora.toml", ["data=/my pictures/cat"])
     assert recipe.data.path == "/my pictures/cat"
-    assert recipe.data.world == load_recipe(RECIPES / "lora.toml").data.world > 0
+    assert recipe.data.world > 0
     assert load_recipe(NANO, ["data={path = 'a', kind = 'folder'}"]).data.kind == "folder"
     assert load_recipe(NANO, ["data.path=b"]).data.path == load_recipe(NANO, ["data='b'"]).data.path
+
+
+def test_the_loras_recipe_asks_for_pictures():
+    with pytest.raises(UsageError, match="name them, data=FOLDER"):
+        load_recipe(RECIPES / "lora.toml")
 
 
 def test_a_recipe_from_before_loras_and_datasets_still_loads():
@@ -101,7 +106,7 @@ def test_a_recipe_from_before_loras_and_datasets_still_loads():
 
 
 def test_the_loras_recipe_keeps_to_the_bar_of_its_benchmark():
-    recipe = load_recipe(RECIPES / "lora.toml")
+    recipe = load_recipe(RECIPES / "lora.toml", ["data=cat"])
     assert recipe.num_steps <= 400
     assert {stage.batch_size for stage in recipe.stages} == {8}
     assert parse_recipe(recipe.to_dict()) == recipe

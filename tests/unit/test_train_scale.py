@@ -12,9 +12,9 @@ from hidream.models.o1.config import O1_TINY, SIZES
 from hidream.models.o1.decoder import Block
 from hidream.models.o1.model import O1
 from hidream.nn.attention import attention
+from hidream.train.layout import Layout
 from hidream.train.scale import (
     NAMED,
-    Mesh,
     Work,
     main,
     part_shape,
@@ -34,19 +34,19 @@ def test_tensors_are_those_of_the_model_on_the_meta_device(name):
     parameters = sum(p.numel() for p in model.parameters())
     assert sum(map(prod, found.values())) == parameters
     if name == "o1-pro":
-        assert plan(name, Mesh(shard=64, tp=8), Work()).parameters == parameters > 200e9
+        assert plan(name, Layout(shard=64, tp=8), Work()).parameters == parameters > 200e9
 
 
 @pytest.mark.parametrize("name", ["200b-edits", "8b"])
 def test_shards_of_every_tensor_make_it_whole(name):
-    model, mesh, _ = NAMED[name]
+    model, layout, _ = NAMED[name]
     for tensor, shape in shapes(SIZES[model]).items():
-        parts = [shard_shape(tensor, shape, mesh, i) for i in range(mesh.num_shards)]
-        part = part_shape(tensor, shape, mesh)
+        parts = [shard_shape(tensor, shape, layout, i) for i in range(layout.num_shards)]
+        part = part_shape(tensor, shape, layout)
         assert sum(map(prod, parts)) == prod(part), tensor
-        dealt = torch.empty(part, device="meta").chunk(mesh.num_shards)
+        dealt = torch.empty(part, device="meta").chunk(layout.num_shards)
         assert [tuple(piece.shape) for piece in dealt] == parts[: len(dealt)], tensor
-        assert prod(part) * (mesh.tp if part != shape else 1) == prod(shape)
+        assert prod(part) * (layout.tp if part != shape else 1) == prod(shape)
 
 
 def test_what_a_block_keeps_is_what_the_formula_says():
@@ -72,20 +72,20 @@ def test_what_a_block_keeps_is_what_the_formula_says():
 
 
 def test_memory_and_transfers_follow_the_mesh():
-    whole, sharded = (plan("o1-8b", Mesh(shard=n), Work(samples=2)) for n in (1, 8))
+    whole, sharded = (plan("o1-8b", Layout(shard=n), Work(samples=2)) for n in (1, 8))
     assert whole.sent == dict.fromkeys(whole.sent, 0)
     assert whole.memory["weights"] == 4 * whole.parameters
     assert sharded.memory["weights"] == pytest.approx(whole.memory["weights"] / 8, rel=1e-3)
     assert sharded.sent["reduce_scatter_gradients"] == pytest.approx(3.5 * whole.parameters)
-    with_copies = plan("o1-8b", Mesh(shard=8, replicate=2), Work(samples=2))
+    with_copies = plan("o1-8b", Layout(shard=8, replicate=2), Work(samples=2))
     assert with_copies.memory == sharded.memory
     assert with_copies.sent["all_reduce_gradients"] == pytest.approx(whole.parameters / 8 * 4)
-    halves = plan("o1-8b", Mesh(shard=4, sp=2), Work(samples=2, text=511, target=4096))
+    halves = plan("o1-8b", Layout(shard=4, sp=2), Work(samples=2, text=511, target=4096))
     assert halves.memory["weights"] == sharded.memory["weights"]
     assert halves.sent["all_to_all_tokens"] > 0
-    fewer = plan("o1-8b", Mesh(shard=8), Work(samples=2, checkpointing="none"))
+    fewer = plan("o1-8b", Layout(shard=8), Work(samples=2, checkpointing="none"))
     assert fewer.memory["activations"] > 8 * sharded.memory["activations"]
-    today = plan("o1-8b", Mesh(shard=8), Work(samples=2, gather=4))
+    today = plan("o1-8b", Layout(shard=8), Work(samples=2, gather=4))
     assert today.memory["casts"] == 2 * today.parameters
     assert all(plan(*told).total_memory < 80e9 for told in NAMED.values())
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 from hidream.cli import main
 from hidream.errors import UsageError
-from hidream.eval import world
 from hidream.judges.layouts import overlap
 from hidream.judges.measure import damages_of
 from hidream.judges.world import judge
@@ -20,6 +19,7 @@ from hidream.storyboard import Panel, Script, compose
 from hidream.train.config import load_recipe
 from hidream.train.data import encode_sample
 from hidream.train.o1 import O1Learner, model_config
+from hidream.world.asking import request_of
 from hidream.world.contact import layout_sheet, storyboard_sheet
 from hidream.world.panels import cut_panels, panel_sheet
 from hidream.world.scene import Dice
@@ -65,7 +65,7 @@ def test_a_prompt_is_that_of_hidream_storyboard():
         subject = head.split("In all panels: ")[1][:-1] if "In all panels" in head else None
         panels = tuple(Panel(prompt=panel.prompt) for panel in item.panels)
         script = Script(panels=panels, subject=subject)
-        asked = world.request_of(item, index)
+        asked = request_of(item, index)
         sheet = asked.sheet
         assert asked.prompt == item.prompt
         assert asked == compose(
@@ -120,7 +120,7 @@ def test_a_layout_s_boxes_hold_their_subjects():
             assert (subject.kind, subject.pattern) == (thing.kind, thing.pattern)
             assert overlap(thing.box, box) > 0.75
         if index < 3:
-            asked = world.request_of(item, index)
+            asked = request_of(item, index)
             assert asked.layout == item.layout
             assert len(asked.references) == len(item.layout)
 
@@ -210,7 +210,7 @@ def test_training_reads_a_layout_as_a_request_is_read():
     recipe = replace(recipe, objective=replace(recipe.objective, caption_dropout=0.0))
     tokenizer, config = O1Learner(recipe).tokenizer, model_config(recipe)
     tokens, _ = encode_sample(recipe, config, tokenizer, (128, 128), item, 0)
-    asked = world.request_of(item, 0)
+    asked = request_of(item, 0)
     wanted = encode(
         tokenizer,
         config,
