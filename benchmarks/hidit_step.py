@@ -85,7 +85,7 @@ def ours(recipe: Recipe) -> Callable[[], None]:
     def step() -> None:
         batch = next(batches)
         model.zero_grad(set_to_none=True)
-        learner.losses(model, batch, World().start_sum(0)).total.backward()
+        learner.losses(model, batch, World().start_sums()).total.backward()
         clip_gradients(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()

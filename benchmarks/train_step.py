@@ -4,11 +4,11 @@ Both take the same steps from the same weights on the same samples, those of `re
 at 128×128, in fp32, and their losses are compared. *Plain* is what one writes first with
 transformers: Qwen3-VL's own decoder layers under a dense mask, samples padded to the longest of
 them, nothing compiled, AdamW and the moving average tensor by tensor, all cores by threads, as a
-script starts. *Ours* is what `hidream train` runs: the recipe's padded buckets, compiled blocks,
-fused AdamW, a grouped average, a process of one thread a core, tcmalloc. On one core, ours is one
-of the recipe's two processes, and plain has its half of the batch; plain in our environment too, to
-tell what that is worth. Sides take turns; a ratio is the rounds' median. Batches are made before
-the clock runs. Muon, which plain has not, is off.
+script starts. *Ours* is what `hidream train` runs: samples packed, compiled blocks, fused AdamW, a
+grouped average, a process of one thread a core, tcmalloc. On one core, ours is one of the recipe's
+two processes, and plain has its half of the batch; plain in our environment too, to tell what that
+is worth. Sides take turns; a ratio is the rounds' median. Batches are made before the clock runs.
+Muon, which plain has not, is off.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hidream.bench.timing import machine
-from hidream.models.o1.batch import IGNORE, Batch
+from hidream.models.o1.batch import Batch, places
 from hidream.models.o1.model import O1
 from hidream.train.config import Recipe, load_recipe
-from hidream.train.data import TrainBatch
+from hidream.train.data import SAID, TrainBatch
 from hidream.train.distributed import World, join
 from hidream.train.launch import worker_environment
 from hidream.train.layout import Layout
@@ -45,7 +45,7 @@ from hidream.train.parallel import Processes
 
 ROOT = Path(__file__).parents[1]
 RATE, ROUNDS = 1e-3, 7
-TASKS = ("text_to_image", "edit")
+TASKS = ("text_to_image", "edit", "mixed")  # mixed: as the recipe has them
 Step = Callable[[TrainBatch, int], float]
 
 
@@ -74,10 +74,11 @@ CASES = {
 
 
 def bench_recipe(task: str, batch_size: int) -> Recipe:
-    """Nano's, of one task, with AdamW for all."""
+    """Nano's, of one task or all, with AdamW for all."""
     recipe = load_recipe(ROOT / "recipes" / "o1_nano.toml")
-    tasks = {task: 1.0}
-    stage = replace(recipe.stages[-1], steps=10**6, decay=0, batch_size=batch_size, tasks=tasks)
+    stage = replace(recipe.stages[-1], steps=10**6, decay=0, batch_size=batch_size)
+    if task != "mixed":
+        stage = replace(stage, tasks={task: 1.0})
     return replace(recipe, stages=(stage,), optimizer=replace(recipe.optimizer, muon=0.0))
 
 
@@ -89,7 +90,7 @@ def ours(recipe: Recipe, world: World) -> Step:
     def step(batch: TrainBatch, number: int) -> float:
         values = trainee.backward(batch)
         trainee.update(number, RATE)
-        return _total(recipe, {name: float(value) for name, value in values.items()})
+        return float(values["loss"])
 
     return step
 
@@ -118,33 +119,41 @@ class PlainO1(nn.Module):
         self.visual, self.time = model.model.visual, model.model.t_embedder1
         self.embed, self.head = model.model.x_embedder, model.model.final_layer2
 
-    def forward(self, batch: Batch, x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, x_t: Tensor, sigma: Tensor, said: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Clean patches, and logits of the text."""
-        num_text = batch.input_ids.shape[1]
-        hidden = self.embed_tokens(batch.input_ids)
+        parts = [self.embed_tokens(batch.input_ids), self.time(1 - sigma)]
+        parts += [self.embed(torch.cat([x_t, batch.references]))]
         deepstack: tuple[Tensor, ...] = ()
-        parts = [self.time(1 - sigma)[:, None], self.embed(x_t)]
-        if batch.references.shape[1]:
-            parts.append(self.embed(batch.references))
         if batch.pixel_values is not None:
             seen = self.visual(batch.pixel_values, list(batch.image_grids))
-            hidden = hidden.flatten(0, 1).index_copy(0, batch.image_slots, seen.tokens)
-            hidden = hidden.view(*batch.input_ids.shape, -1)
+            parts[0] = parts[0].index_copy(0, batch.image_slots, seen.tokens)
             deepstack = seen.deepstack
-        hidden = torch.cat([hidden, *parts], dim=1)
-        mask = batch.attention_mask()[:, None]
-        angles = self.rotary(hidden, batch.position_ids)
+        index, mask, back = padded(batch)
+        hidden, positions = torch.cat(parts)[index], batch.position_ids[:, index]
+        angles = self.rotary(hidden, positions)
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=angles)
             if i < len(deepstack):
-                text = hidden[:, :num_text].flatten(0, 1)
-                text = text.index_add(0, batch.image_slots, deepstack[i])
-                text = text.view(len(hidden), num_text, -1)
-                hidden = torch.cat([text, hidden[:, num_text:]], dim=1)
-        hidden = self.norm(hidden)
-        first = num_text + 1
-        patches = self.head(hidden[:, first : first + x_t.shape[1]])
-        return patches, self.lm_head(hidden[:, :num_text])
+                flat = hidden.flatten(0, 1).index_add(0, back[batch.image_slots], deepstack[i])
+                hidden = flat.view_as(hidden)
+        hidden = self.norm(hidden).flatten(0, 1)[back]
+        first = len(batch.input_ids) + len(sigma)
+        return self.head(hidden[first : first + len(x_t)]), self.lm_head(hidden[said])
+
+
+def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Each sample's tokens in a row as long as the longest, who may read whom, and the way back."""
+    rows = [torch.cat(both) for both in places(batch.lengths)]
+    real = nn.utils.rnn.pad_sequence([torch.ones(len(row)).bool() for row in rows], True)
+    index = nn.utils.rnn.pad_sequence(rows, True)
+    order = torch.arange(index.shape[1])
+    text = torch.tensor([n.text for n in batch.lengths])[:, None, None]
+    mask = real[:, None, :] & ((order[:, None] >= text) | (order[:, None] >= order))
+    back = torch.empty(int(real.sum()), dtype=torch.long)
+    back[index[real]] = real.flatten().nonzero()[:, 0]
+    return index, mask[:, None], back
 
 
 def plain(recipe: Recipe) -> Step:
@@ -165,14 +174,21 @@ def plain(recipe: Recipe) -> Step:
     )
 
     def step(given: TrainBatch, number: int) -> float:
-        batch, sigma = trimmed(given.batch), given.sigma
-        level = sigma[:, None, None]
+        sigma, targets = given.sigma, given.batch.targets
+        level = sigma.repeat_interleave(torch.tensor(targets))[:, None]
         x_t = (1 - level) * given.x0 + level * objective.noise_scale * given.noise
-        x0, logits = model(batch, x_t, sigma)
-        error = (x0 - given.x0).square().mean(dim=(1, 2))
+        said = torch.cat(list(given.said.values()))
+        x0, logits = model(given.batch, x_t, sigma, said)
+        errors = (x0 - given.x0).square().mean(dim=1).split(targets)
+        error = torch.stack([e.mean() for e in errors])
         weight = (1 - sigma).pow(objective.t_power) / sigma.clamp(min=objective.delta).square()
-        text = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
-        loss = (weight * error).mean() + objective.caption_weight * text
+        loss = (weight * error).sum() / len(given.tasks)
+        nats = F.cross_entropy(logits, given.batch.input_ids[said + 1], reduction="none")
+        shares = given.shares | {"caption": given.pictured}
+        for name, own in zip(SAID, nats.split(given.counts), strict=True):
+            of_text = objective.caption_weight if name == "caption" else objective.lm_weight
+            if len(own):
+                loss = loss + of_text * shares[name] * own.mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
@@ -184,34 +200,6 @@ def plain(recipe: Recipe) -> Step:
         return float(loss.detach())
 
     return step
-
-
-def trimmed(batch: Batch) -> Batch:
-    """The same samples, padded to the longest of them instead of to the bucket."""
-    most_text = int(batch.text_mask.sum(1).max())
-    most_references = int(batch.reference_mask.sum(1).max()) if batch.references.shape[1] else 0
-    num_text, num_references = batch.input_ids.shape[1], batch.references.shape[1]
-    middle = batch.position_ids.shape[-1] - num_references
-    positions = [
-        batch.position_ids[..., :most_text],
-        batch.position_ids[..., num_text : middle + most_references],
-    ]
-    rows = batch.image_slots // max(num_text, 1)
-    return replace(
-        batch,
-        input_ids=batch.input_ids[:, :most_text],
-        text_mask=batch.text_mask[:, :most_text],
-        labels=batch.labels[:, :most_text],
-        position_ids=torch.cat(positions, dim=-1),
-        references=batch.references[:, :most_references],
-        reference_mask=batch.reference_mask[:, :most_references],
-        image_slots=rows * most_text + batch.image_slots % max(num_text, 1),
-    )
-
-
-def _total(recipe: Recipe, values: dict[str, float]) -> float:
-    picture = sum(v for k, v in values.items() if k in {f"loss_{task}" for task in TASKS})
-    return picture + recipe.objective.caption_weight * values["loss_caption"]
 
 
 def serve(side: Side, task: str, rank: int, store: str) -> None:

@@ -27,7 +27,7 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """PyTorch works on one thread: what is summed by several is not always bit-identical."""
     import torch

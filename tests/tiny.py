@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from hidream.models.o1.config import O1_TINY, O1Config
 from hidream.models.o1.model import O1
-from hidream.models.o1.tokens import SPECIAL_TOKENS, Tokenizer
+from hidream.models.o1.tokens import SPECIAL_TOKENS, Tokenizer, Tokens
 from hidream.models.o1.weights import save_o1
 from hidream.sampling import picture_noise
 
@@ -98,6 +98,11 @@ def write_folder(
 def variant(**text: Any) -> O1Config:
     """O1_TINY with other fields of its decoder."""
     return replace(O1_TINY, text=replace(O1_TINY.text, **text))
+
+
+def text_alone(tokens: Tokens) -> Tokens:
+    """A request's text, with nothing to draw."""
+    return replace(tokens, references=tokens.references[:0], grid=(0, 0))
 
 
 def picture(seed: int, width: int = 60, height: int = 44) -> Image.Image:

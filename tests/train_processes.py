@@ -72,7 +72,6 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
         "grid_every": 0,
         "log_every": 1,
         "seed": 11,
-        "buckets": {"text_to_image": [40], "edit": [40]},
         "stages": [STAGE],
     }
     return parse_recipe(plain | changes)
@@ -84,7 +83,7 @@ def trainee_of(recipe: Recipe, world: World) -> Trainee:
 
 
 def steps(trainee: Trainee, first: int, last: int) -> list[dict[str, float]]:
-    """Train from step `first` to `last`; every step's losses over all samples, and the norm."""
+    """Train from step `first` to `last`; every step's loss over all samples, and the norm."""
     recipe, world, layout = trainee.recipe, trainee.world, trainee.processes.layout
     found = []
     for step in range(first, last):
@@ -92,8 +91,9 @@ def steps(trainee: Trainee, first: int, last: int) -> list[dict[str, float]]:
         batch = batch_of(trainee, *place)
         values = trainee.backward(batch)
         trainee.update(step, learning_rate(recipe.stages, step))
-        means = [total / world.size for total in world.sum([float(v) for v in values.values()])]
-        found.append(dict(zip(values, means, strict=True)))
+        names = ("loss", "grad_norm")
+        totals = world.sum([float(values[name]) for name in names])
+        found.append({name: t / world.size for name, t in zip(names, totals, strict=True)})
     return found
 
 

@@ -72,26 +72,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buckets:
-    """How long the words of a task's samples may be, in tokens, rising.
-
-    All samples of a step lie between the same two lengths, and are padded to the longer: little is
-    wasted and shapes stay few. Longer samples are not cut: others are drawn, and that is logged.
-    """
-
-    text_to_image: tuple[int, ...] = (64,)
-    edit: tuple[int, ...] = (64,)
-    subject: tuple[int, ...] = (64,)
-    language: tuple[int, ...] = (64,)
-    understanding: tuple[int, ...] = (64,)
-
-    def of(self, task: str) -> tuple[int, ...]:
-        """The lengths of `task`."""
-        lengths: tuple[int, ...] = getattr(self, task)
-        return lengths
-
-
-@dataclass(frozen=True, kw_only=True)
 class Autoencoder:
     """The autoencoder whose latents an I1 draws, trained first, in `RUN/vae`, by a run of its own.
 
@@ -223,7 +203,7 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     perceptual: Perceptual = field(default_factory=Perceptual)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    buckets: Buckets = field(default_factory=Buckets)
+    max_text: int = 320
     vae: Autoencoder = field(default_factory=Autoencoder)
     hidit: HiDiTOptions = field(default_factory=HiDiTOptions)
     lora: Lora = field(default_factory=Lora)
@@ -410,12 +390,7 @@ def _check(recipe: Recipe) -> None:
         if not holds:
             raise UsageError(problem)
 
-    for task in TASKS:
-        lengths = recipe.buckets.of(task)
-        require(
-            len(lengths) > 0 and list(lengths) == sorted(set(lengths)) and lengths[0] > 0,
-            f"buckets.{task} = {list(lengths)} must be rising positive numbers.",
-        )
+    require(recipe.max_text >= 1, f"max_text = {recipe.max_text} must be at least 1.")
     require(len(recipe.stages) > 0, "the recipe has no [[stages]].")
     require(recipe.processes >= 1, f"processes = {recipe.processes} must be at least 1.")
     require(

@@ -21,7 +21,7 @@ from PIL import Image
 from hidream.data.dataset import Item, complain, open_dataset
 from hidream.errors import InputError, UsageError
 from hidream.train.config import Recipe
-from hidream.train.draws import REDRAW, Stream, draw_sample, generator, task_of
+from hidream.train.draws import REDRAW, Stream, draw_sample, draw_task, generator
 from hidream.world.tasks import TASKS, Sample
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ class Pictured:
     pixels: np.ndarray
     references: tuple[np.ndarray, ...] = ()
     answer: str = ""
+
+    @property
+    def size(self) -> Size:
+        """Of its picture."""
+        return self.pixels.shape[1], self.pixels.shape[0]
 
     def target(self, width: int, height: int) -> np.ndarray:
         """The picture: uint8 (height, width, 3)."""
@@ -160,23 +165,40 @@ class TrainingData:
         )
 
     def draw(self, step: int, rank: int = 0, world: int = 1) -> Drawn:
-        """Process `rank`'s samples of `step`: rank, rank + world, … of the step's."""
+        """Process `rank`'s samples of `step`: rank, rank + world, … of the step's. All have the
+        task and the size of its first."""
         recipe = self.recipe
         number, _ = recipe.locate(step)
-        stage, task, first = recipe.stages[number], task_of(recipe, step), recipe.first_sample(step)
-        everything = self._of_stage(number, task)
-        leader = everything[self._at(len(everything), first)]
-        size = nearest_size(self.sizes[leader], stage.size, self.multiple)
+        stage, first = recipe.stages[number], recipe.first_sample(step)
+        task = draw_task(recipe, stage, step)
+        size = self._size(number, self._at(self._of_stage(number, task), first))
         samples: list[Sample | Pictured] = []
         corrupt = 0
         for index in range(first + rank, first + stage.batch_size, world):
-            if generator(recipe.seed, Stream.SOURCE, index).random() < recipe.data.world:
+            if self.from_world(index):
                 samples.append(draw_sample(recipe, stage, task, index))
                 continue
-            sample, failed = self._sample(number, task, size, index)
+            sample, failed = self._sample(number, self._of_size(number, task, size), index)
             samples.append(sample)
             corrupt += failed
         return Drawn(task, size, tuple(samples), corrupt)
+
+    def from_world(self, index: int) -> bool:
+        """Whether the run's sample `index` is one of the world's."""
+        dice = generator(self.recipe.seed, Stream.SOURCE, index)
+        return dice.random() < self.recipe.data.world
+
+    def sample(self, stage: int, task: str, index: int) -> tuple[Pictured, int]:
+        """The run's sample `index`, at the size nearest to its own, and how many before it could
+        not be read."""
+        return self._sample(stage, self._of_stage(stage, task), index)
+
+    def size_at(self, stage: int, task: str, index: int) -> Size:
+        """The size of that picture, if it can be read; of the world's, a square."""
+        if self.from_world(index):
+            side = self.recipe.stages[stage].size
+            return (side, side)
+        return self._size(stage, self._at(self._of_stage(stage, task), index))
 
     def first(self, task: str, count: int) -> list[Item]:
         """The first items of a task."""
@@ -209,12 +231,7 @@ class TrainingData:
 
     @lru_cache(maxsize=64)  # noqa: B019 (as long-lived as the run)
     def _of_size(self, stage: int, task: str, size: Size) -> tuple[int, ...]:
-        side = self.recipe.stages[stage].size
-        return tuple(
-            i
-            for i in self._of_stage(stage, task)
-            if nearest_size(self.sizes[i], side, self.multiple) == size
-        )
+        return tuple(i for i in self._of_stage(stage, task) if self._size(stage, i) == size)
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _of_stage(self, stage: int, task: str) -> tuple[int, ...]:
@@ -226,17 +243,22 @@ class TrainingData:
             if rules.admits(self.items[i].caption, math.prod(self.sizes[i]))
         )
 
-    def _at(self, count: int, place: int) -> int:
-        """Which of `count` is at a place of the run: every epoch has an order of its own."""
-        epoch, inside = divmod(place, count)
-        return int(_order(self.recipe.seed, count, epoch)[inside])
+    def _size(self, stage: int, number: int) -> Size:
+        """At which a stage trains item `number`."""
+        return nearest_size(self.sizes[number], self.recipe.stages[stage].size, self.multiple)
 
-    def _sample(self, stage: int, task: str, size: Size, index: int) -> tuple[Pictured, int]:
-        """The sample at a place of the run, and how many before it could not be read."""
-        these, failed = self._of_size(stage, task, size), 0
+    def _at(self, these: Sequence[int], place: int) -> int:
+        """Which of them is at a place of the run: every epoch has an order of its own."""
+        epoch, inside = divmod(place, len(these))
+        return these[int(_order(self.recipe.seed, len(these), epoch)[inside])]
+
+    def _sample(self, stage: int, these: Sequence[int], index: int) -> tuple[Pictured, int]:
+        """Which of these items is at a place of the run, and how many before it could not be
+        read."""
+        failed = 0
         for number in self._tried(these, index):
             try:
-                sample = self._pictured(number, size)
+                sample = self._pictured(number, self._size(stage, number))
                 return mirrored(sample) if self._flips(index) else sample, failed
             except (InputError, OSError) as error:
                 failed += 1
@@ -245,7 +267,7 @@ class TrainingData:
                     self._named.add(item.name)
                     logger.warning("%s is left out: %s", item.name, _why(error))
         raise InputError(
-            f"of {len(these)} pictures of {self.dataset.path} at {size[0]}x{size[1]}, none can be "
+            f"of {len(these)} pictures of {self.dataset.path} that a step may show, none can be "
             "read any more.",
             "See what was left out above.",
         )
@@ -257,7 +279,7 @@ class TrainingData:
     def _tried(self, these: Sequence[int], index: int) -> Iterator[int]:
         """The item at a place, then others of its kind: drawn, and in the end each of them."""
         for draw in range(4):
-            yield these[self._at(len(these), index + draw * REDRAW)]
+            yield self._at(these, index + draw * REDRAW)
         yield from these
 
     def _pictured(self, number: int, size: Size) -> Pictured:

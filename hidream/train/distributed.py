@@ -33,11 +33,11 @@ class World:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
-    def start_sum(self, value: float) -> "PendingSum":
-        """Begin to sum `value` over all processes; `.wait()` gives the result."""
-        tensor = torch.tensor(value, dtype=torch.float64)
+    def start_sums(self, *values: float) -> "PendingSums":
+        """Begin to sum each value over all processes; `.wait()` gives the results."""
+        tensor = torch.tensor(values, dtype=torch.float64)
         work = dist.all_reduce(tensor, group=self.group, async_op=True) if self.size > 1 else None
-        return PendingSum(tensor, work, self.size)
+        return PendingSums(tensor, work, self.size)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all processes."""
@@ -49,8 +49,8 @@ class World:
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace every gradient by its mean over the processes: one flat fp32 all-reduce.
 
-        A parameter without a gradient keeps none; all processes run the same task in a step, so
-        they agree on which those are. Of a sharded one, each has its own shard's.
+        A parameter without a gradient keeps none: all processes must agree on which those are. Of
+        a sharded one, each has its own shard's.
         """
         self._reduce_gradients(parameters, self.size)
 
@@ -83,18 +83,18 @@ class World:
 
 
 @dataclass(frozen=True)
-class PendingSum:
-    """A sum over the processes that is under way."""
+class PendingSums:
+    """Sums over the processes that are under way."""
 
     tensor: Tensor
     work: dist.Work | None
     num_processes: int = 1
 
-    def wait(self) -> float:
-        """The finished sum."""
+    def wait(self) -> list[float]:
+        """The finished sums."""
         if self.work is not None:
             self.work.wait()
-        return float(self.tensor)
+        return self.tensor.tolist()
 
 
 def join(rank: int, size: int, store: str) -> World:

@@ -42,10 +42,9 @@ def generator(seed: int, stream: Stream, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[(seed << 8) | stream, index]))
 
 
-def task_of(recipe: Recipe, step: int) -> str:
-    """The task of all samples of a step, drawn by the stage's weights."""
-    number, _ = recipe.locate(step)
-    return weighted(recipe.stages[number].tasks, generator(recipe.seed, Stream.TASK, step))
+def draw_task(recipe: Recipe, stage: Stage, index: int) -> str:
+    """The task of a sample, or of a step all of whose samples have one, by the stage's weights."""
+    return weighted(stage.tasks, generator(recipe.seed, Stream.TASK, index))
 
 
 def weighted(weights: dict[str, float], dice: np.random.Generator) -> str:

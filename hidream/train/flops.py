@@ -35,12 +35,12 @@ def attention(pairs: int, width: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class O1Tokens:
-    """What an O1 step computes on: for each sample the causal tokens, target patches (0: none) and
+    """What an O1 step computes on: for each sample its causal tokens, target patches (0: none) and
     reference patches; the grids that the vision tower reads; and how many positions have a text
     loss or are asked for logits."""
 
     causal: Sequence[int]
-    num_target: int
+    targets: Sequence[int]
     references: Sequence[int]
     vision_grids: Sequence[tuple[int, int]] = ()
     num_logits: int = 0
@@ -48,28 +48,27 @@ class O1Tokens:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sample, the timestep's included."""
-        generated = 1 + self.num_target if self.num_target else 0
-        return [c + generated + r for c, r in zip(self.causal, self.references, strict=True)]
+        samples = zip(self.causal, self.targets, self.references, strict=True)
+        return [c + (1 + t if t else 0) + r for c, t, r in samples]
 
 
 def o1_step(config: O1Config, tokens: O1Tokens) -> int:
     """A step of O1: decoder, vision tower, embedders, both heads."""
     text, size = config.text, config.text.hidden_size
-    lengths, samples = tokens.lengths, len(tokens.causal)
+    lengths, targets = tokens.lengths, sum(tokens.targets)
     width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     layer = linear(sum(lengths), size, width + 2 * kv_width) + linear(sum(lengths), width, size)
     layer += 3 * linear(sum(lengths), size, text.intermediate_size)
     layer += attention(sum(n * n for n in lengths), width)
     total = INNER * text.num_layers * layer
     total += INNER * linear(tokens.num_logits, size, text.vocab_size)
-    if tokens.num_target:
-        patches = samples * tokens.num_target + sum(tokens.references)
+    if targets:
+        patches, pictures = targets + sum(tokens.references), sum(t > 0 for t in tokens.targets)
         total += FIRST * linear(patches, config.patch_dim, config.bottleneck_dim)
         total += INNER * linear(patches, config.bottleneck_dim, size)
-        total += INNER * linear(samples * tokens.num_target, size, config.patch_dim)
-        total += FIRST * linear(samples, NUM_FREQUENCIES, size) + INNER * linear(
-            samples, size, size
-        )
+        total += INNER * linear(targets, size, config.patch_dim)
+        total += FIRST * linear(pictures, NUM_FREQUENCIES, size)
+        total += INNER * linear(pictures, size, size)
     return total + _vision_step(config.vision, size, tokens.vision_grids)
 
 

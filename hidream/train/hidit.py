@@ -30,7 +30,7 @@ from hidream.models.hidit.weights import load_hidit, read_stats, save_hidit
 from hidream.pipelines.hidit import SamplingOptions, draw
 from hidream.sampling import add_noise
 from hidream.train.config import HiDiTOptions, Recipe
-from hidream.train.distributed import PendingSum, World
+from hidream.train.distributed import PendingSums, World
 from hidream.train.draws import Stream, draw_noise, generator
 from hidream.train.export import put_in_place
 from hidream.train.flops import hidit_step
@@ -60,7 +60,7 @@ class HiDiTBatch:
     labels: Int[Tensor, " b"]
     rows: Int[Tensor, " g"]
     pixel_noise: Float[Tensor, "g 3 height width"]
-    num_labels: int = 0
+    counts: tuple[int, ...] = ()
     redrawn: int = 0
     corrupt: int = 0
 
@@ -239,7 +239,7 @@ class HiDiTLearner(Learner):
             return gate
         return NormalDist().cdf(math.log(gate / (1 - gate)))
 
-    def losses(self, model: HiDiT, batch: HiDiTBatch, labels: PendingSum) -> Losses:
+    def losses(self, model: HiDiT, batch: HiDiTBatch, sums: PendingSums) -> Losses:
         options, gated = self.options, len(batch.rows) > 0
         mean, deviation = batch.moments.chunk(2, dim=1)
         x0 = model.normalise(mean + deviation * batch.drawn)

@@ -33,14 +33,14 @@ from hidream.sampling import add_noise
 from hidream.train import encoders
 from hidream.train.config import Recipe
 from hidream.train.datasets import Pictured, Size, TrainingData
-from hidream.train.distributed import PendingSum, World
+from hidream.train.distributed import PendingSums, World
 from hidream.train.draws import (
     Stream,
     draw_noise,
     draw_sample,
+    draw_task,
     generator,
     noise_levels,
-    task_of,
 )
 from hidream.train.export import put_in_place
 from hidream.train.flops import i1_step
@@ -71,7 +71,7 @@ class LatentBatch:
     sigma: Float[Tensor, " b"]
     source: Float[Tensor, "b c h w"] | None = None
     weight: Float[Tensor, "b 1 h w"] | None = None
-    num_labels: int = 0
+    counts: tuple[int, ...] = ()
     redrawn: int = 0
     corrupt: int = 0
 
@@ -176,7 +176,8 @@ class I1Learner(Learner):
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> LatentBatch:
         recipe = self.recipe.at(step)
         number, _ = recipe.locate(step)
-        stage, task, first = recipe.stages[number], task_of(recipe, step), recipe.first_sample(step)
+        stage, first = recipe.stages[number], recipe.first_sample(step)
+        task = draw_task(recipe, stage, step)
         indices = [first + place for place in range(rank, stage.batch_size, world)]
         size, corrupt = (stage.size, stage.size), 0
         samples: Sequence[Sample | Pictured]
@@ -215,7 +216,7 @@ class I1Learner(Learner):
     def _latents(self, pictures: Sequence[Any]) -> Float[Tensor, "b c h w"]:
         return self.codec.encode(torch.stack([pixels(picture) for picture in pictures]))
 
-    def losses(self, model: I1, batch: LatentBatch, labels: PendingSum) -> Losses:
+    def losses(self, model: I1, batch: LatentBatch, sums: PendingSums) -> Losses:
         """`load_max`: of the busiest expert of all blocks, over the mean."""
         objective = batch.objective
         x_t = add_noise(batch.x0, batch.noise, batch.sigma)

@@ -18,7 +18,7 @@ from hidream.errors import UsageError
 from hidream.pipelines.base import Pipeline
 from hidream.train.config import Recipe
 from hidream.train.datasets import TrainingData
-from hidream.train.distributed import PendingSum, World
+from hidream.train.distributed import PendingSums, World
 
 FAMILIES = {
     "o1": "hidream.train.o1:O1Learner",
@@ -32,13 +32,13 @@ FAMILIES = {
 class StepBatch(Protocol):
     """One process's share of a step's samples.
 
-    `num_labels`: what its losses are divided by, summed over the processes (see `Learner.losses`).
+    `counts`: numbers whose sums over the processes its losses need (see `Learner.losses`).
     `redrawn`: samples that did not fit and were replaced; `corrupt`: pictures that could not be
     read, and were.
     """
 
     @property
-    def num_labels(self) -> int: ...
+    def counts(self) -> Sequence[int]: ...
     @property
     def redrawn(self) -> int: ...
     @property
@@ -79,8 +79,8 @@ class Learner(ABC):
         """Process `rank`'s samples of a step: a pure function, called in a thread."""
 
     @abstractmethod
-    def losses(self, model: Any, batch: Any, labels: PendingSum) -> Losses:
-        """Forward and losses of one batch. `labels`: `num_labels` over all processes."""
+    def losses(self, model: Any, batch: Any, sums: PendingSums) -> Losses:
+        """Forward and losses of one batch. `sums`: its `counts` over all processes, and more."""
 
     def flops(self, batch: Any) -> int:
         """Floating-point operations of a step on `batch`, forward and backward, as

@@ -95,7 +95,7 @@ def train(
     meter = Meter(bounded=not trainee.scaler.is_enabled(), rate=speed)
     try:
         for step, batch in zip(steps, meter.waiting(batches), strict=True):
-            stops = world.start_sum(stop_requested())
+            stops = world.start_sums(stop_requested())
             rate = learning_rate(recipe.stages, step)
             number, _ = recipe.locate(step)
             values = trainee.backward(batch)
@@ -104,7 +104,7 @@ def train(
                 meter.check()  # before the weights change; on a GPU, where it waits, now and then
             trainee.update(step, rate)
             done = step + 1
-            stopping = stops.wait() > 0
+            stopping = any(stops.wait())
             if done % recipe.log_every == 0 or done in (1, recipe.num_steps):
                 means = meter.report()
                 if log is not None:
@@ -188,17 +188,17 @@ class Trainee:
 
     def backward(self, batch: StepBatch) -> dict[str, Any]:
         """The gradient of a batch, clipped; returns the losses and what else is logged."""
-        labels, corrupt = (self.world.start_sum(n) for n in (batch.num_labels, batch.corrupt))
+        sums = self.world.start_sums(*batch.counts, batch.corrupt)
         self.model.zero_grad(set_to_none=True)
-        losses = self.learner.losses(self.model, batch.to(self.device), labels)
+        losses = self.learner.losses(self.model, batch.to(self.device), sums)
         self.scaler.scale(losses.total).backward()
         self.processes.finish_gradients(self.model, self.learner)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         shares = self.world if self.sharded else None
         norm = clip_gradients(self.parameters, self.recipe.optimizer.clip, shares)
-        counts = {"redrawn": batch.redrawn, "corrupt": corrupt.wait()}
-        return {**losses.parts, "grad_norm": norm, **counts}
+        counts = {"redrawn": batch.redrawn, "corrupt": sums.wait()[-1]}
+        return {"loss": losses.total.detach(), **losses.parts, "grad_norm": norm, **counts}
 
     def update(self, step: int, rate: float) -> None:
         """Weights and averages after step `step`."""

@@ -20,7 +20,7 @@ from hidream.errors import InputError, UsageError
 from hidream.nn.lora import Adapter, adapted
 from hidream.pipelines.base import Pipeline
 from hidream.train.config import Lora, Recipe
-from hidream.train.distributed import PendingSum
+from hidream.train.distributed import PendingSums
 from hidream.train.draws import Stream, generator
 from hidream.train.learner import Learner, Losses, StepBatch
 
@@ -77,8 +77,8 @@ class Seeded:
     seed: int
 
     @property
-    def num_labels(self) -> int:
-        return self.batch.num_labels
+    def counts(self) -> Sequence[int]:
+        return self.batch.counts
 
     @property
     def redrawn(self) -> int:
@@ -128,12 +128,12 @@ class LoraLearner(Learner):
         dice = generator(self.recipe.seed, Stream.ADAPTERS, step * world + rank)
         return Seeded(batch, int(dice.integers(2**62)))
 
-    def losses(self, model: Adapters, batch: Any, labels: PendingSum) -> Losses:
+    def losses(self, model: Adapters, batch: Any, sums: PendingSums) -> Losses:
         if not isinstance(batch, Seeded):
-            return self.inner.losses(model.network, batch, labels)
+            return self.inner.losses(model.network, batch, sums)
         with torch.random.fork_rng():
             torch.manual_seed(batch.seed)
-            return self.inner.losses(model.network, batch.batch, labels)
+            return self.inner.losses(model.network, batch.batch, sums)
 
     def blocks(self, model: Adapters) -> Sequence[nn.Module]:
         return self.inner.blocks(model.network)

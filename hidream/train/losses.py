@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from hidream.models.o1.batch import IGNORE
 
 
 def velocity_weight(sigma: Float[Tensor, " b"], delta: float) -> Float[Tensor, " b"]:
@@ -21,39 +20,38 @@ def velocity_weight(sigma: Float[Tensor, " b"], delta: float) -> Float[Tensor, "
     return sigma.clamp(min=delta).pow(-2)
 
 
-def picture_loss(
-    predicted: Float[Tensor, "b n p"],
-    x0: Float[Tensor, "b n p"],
-    sigma: Float[Tensor, " b"],
+def picture_losses(
+    predicted: Float[Tensor, "n p"],
+    x0: Float[Tensor, "n p"],
+    lengths: Sequence[int],
+    sigma: Float[Tensor, " s"],
     delta: float,
     t_power: float = 0.0,
-) -> Float[Tensor, ""]:
-    """Mean over samples, target patches and values of w t^t_power (x0_predicted - x0)^2, in fp32.
+) -> Float[Tensor, " s"]:
+    """Each picture's mean over its patches and values of w t^t_power (x0_predicted - x0)^2, fp32.
 
-    With `t_power` 0 it equals the mean squared error of the velocity for sigma >= delta. In much
-    noise most of that error cannot be foretold and falls about as 1/t^2: its gradients, as long as
-    its root, drown those of less noise. 1 makes them about equally long. References have no part
-    in it.
+    `lengths`: how many of the patches are each picture's. With `t_power` 0 it equals the mean
+    squared error of the velocity for sigma >= delta. In much noise most of that error cannot be
+    foretold and falls about as 1/t^2: its gradients, as long as its root, drown those of less
+    noise. 1 makes them about equally long. References have no part in it.
     """
-    error = (predicted.float() - x0.float()).square().mean(dim=(1, 2))  # (b,)
+    errors = (predicted.float() - x0.float()).square().mean(dim=1)  # (n,)
+    means = [of_one.mean() for of_one in errors.split(list(lengths))] if len(sigma) else []
+    error = torch.stack(means) if means else errors
     weight = velocity_weight(sigma.float(), delta) * (1 - sigma.float()).pow(t_power)
-    return (weight * error).mean()
+    return weight * error
 
 
 def text_loss(
-    logits: Float[Tensor, "b a v"],
-    labels: Int[Tensor, "b a"],
-    num_labels: Float[Tensor, ""] | float,
+    logits: Float[Tensor, "m v"], following: Int[Tensor, " m"], num_labels: float
 ) -> Float[Tensor, ""]:
-    """Cross-entropy in nats per label: the sum over positions with a label, over `num_labels`.
+    """Cross-entropy in nats per label: the sum over these positions, over `num_labels`.
 
     `num_labels` is the count over *all* processes divided by their number, so that the mean of the
     processes' gradients is the gradient of the mean over every label of the step.
     """
-    total = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return total / torch.clamp(torch.as_tensor(num_labels, device=total.device), min=1e-6)
+    total = F.cross_entropy(logits.float(), following, reduction="sum")
+    return total / max(num_labels, 1e-6)
 
 
 def velocity_loss(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from hidream import registry
 from hidream.errors import UsageError
@@ -24,7 +25,6 @@ from hidream.models.o1.patches import unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
 from hidream.models.o1.weights import load_o1, save_o1
 from hidream.nn.attention import Backend
-from hidream.nn.sparse import Blocks
 from hidream.pipelines.base import Counter
 from hidream.pipelines.denoise import O1Job, denoise_batch
 from hidream.pipelines.o1 import O1Pipeline
@@ -32,18 +32,17 @@ from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
 from hidream.sampling import add_noise
 from hidream.train.config import Recipe
-from hidream.train.data import TrainBatch, make_batch
+from hidream.train.data import SAID, TEXT_TASKS, TrainBatch, make_batch
 from hidream.train.datasets import TrainingData
-from hidream.train.distributed import PendingSum, World
+from hidream.train.distributed import PendingSums, World
 from hidream.train.export import put_in_place
 from hidream.train.flops import O1Tokens, o1_step
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
-from hidream.train.losses import picture_loss, text_loss
+from hidream.train.losses import picture_losses, text_loss
 from hidream.train.perceptual import PerceptualLosses
 
 PACKAGE = Path(__file__).parents[1]
-PICTURED = ("edit", "subject", "understanding")  # tasks whose samples have reference pictures
 MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
 
 
@@ -89,8 +88,8 @@ class O1Learner(Learner):
         tokenizer = Tokenizer(tokenizer_folder(recipe))
 
         def fits(task: str, caption: str) -> str:
-            most, there = max(recipe.buckets.of(task)), len(tokenizer.encode(caption))
-            return f"its caption has {there} tokens; buckets.{task} take {most}" * (there > most)
+            most, there = recipe.max_text, len(tokenizer.encode(caption))
+            return f"its caption has {there} tokens; max_text is {most}" * (there > most)
 
         return TrainingData(recipe, model_config(recipe).patch_size, fits)
 
@@ -102,68 +101,69 @@ class O1Learner(Learner):
         if self.data is not None:
             self.data.describe()
 
-    def losses(self, model: O1, batch: TrainBatch, labels: PendingSum) -> Losses:
-        """The picture loss weighs 1; text weighs `lm_weight` where the task is text and
-        `caption_weight` where it is a picture's caption."""
-        objective = batch.objective
-        parts: dict[str, torch.Tensor] = {}
-        total = torch.zeros((), device=batch.x0.device)
+    def losses(self, model: O1, batch: TrainBatch, sums: PendingSums) -> Losses:
+        """The mean over all samples of the step: a picture's loss weighs 1, its caption's
+        `caption_weight`, text alone `lm_weight`; of a task's text, every label counts alike."""
+        objective, x_t = batch.objective, None
+        if batch.pictured:
+            x_t = add_noise(batch.x0, batch.noise, batch.sigma_of_patches, objective.noise_scale)
         with self.precision():
-            if batch.picture:
-                x_t = add_noise(batch.x0, batch.noise, batch.sigma, objective.noise_scale)
-                blocks = Blocks.of(batch.grid, batch.sparsity, device=x_t.device)
-                prediction = model(batch.batch, x_t, batch.sigma, blocks)
-            else:
-                prediction = model(batch.batch)
-        if batch.picture:
-            loss = picture_loss(
-                prediction.x0, batch.x0, batch.sigma, objective.delta, objective.t_power
+            prediction = model(batch.batch, x_t, batch.sigma, torch.cat([*batch.said.values()]))
+        total = torch.zeros((), device=batch.x0.device)
+        parts: dict[str, Tensor] = {}
+        if prediction.x0 is not None:
+            losses = picture_losses(
+                *(prediction.x0, batch.x0, batch.batch.targets, batch.sigma),
+                *(objective.delta, objective.t_power),
             )
-            parts[f"loss_{batch.task}"] = loss.detach()
-            total = total + loss
-            for name, weight, loss in self._perceptual(
-                model, prediction.x0, batch, labels.num_processes
-            ):
+            total = total + losses.sum() / len(batch.tasks)
+            parts |= _by_task(losses.detach(), batch.tasks)
+            for name, (weight, loss) in self._perceptual(
+                prediction.x0, batch, sums.num_processes
+            ).items():
+                total = total + batch.pictured * weight * loss
                 parts[name] = loss.detach()
+        if prediction.logits is not None:
+            for name, (weight, loss) in _text_losses(prediction.logits, batch, sums).items():
                 total = total + weight * loss
-        weight = objective.caption_weight if batch.picture else objective.lm_weight
-        if weight > 0:
-            text = text_loss(
-                prediction.logits, batch.batch.labels, labels.wait() / labels.num_processes
-            )
-            parts["loss_caption" if batch.picture else f"loss_{batch.task}"] = text.detach()
-            total = total + weight * text
-        if batch.task in PICTURED and batch.batch.pixel_values is None:  # all were dropped here
+                parts[name] = loss.detach()
+        if batch.sees and batch.batch.pixel_values is None:  # all references were dropped here
             tower = model.model.visual.parameters()  # others have gradients there: so must this one
             total = total + 0 * torch.stack([p.sum() for p in tower]).sum()
         return Losses(total, parts)
 
     def flops(self, batch: TrainBatch) -> int:
-        objective, texts = batch.objective, batch.batch.text_mask.sum(1).tolist()
-        weight = objective.caption_weight if batch.picture else objective.lm_weight
+        lengths = batch.batch.lengths
         tokens = O1Tokens(
-            causal=texts,
-            num_target=batch.x0.shape[1],
-            references=batch.batch.reference_mask.sum(1).tolist(),
+            causal=[n.text for n in lengths],
+            targets=[n.target for n in lengths],
+            references=[n.references for n in lengths],
             vision_grids=batch.batch.image_grids,
-            num_logits=sum(texts) if weight > 0 else 0,
+            num_logits=sum(batch.counts),
         )
         return o1_step(self.config or model_config(self.recipe), tokens)
 
     def _perceptual(
-        self, model: O1, predicted: torch.Tensor, batch: TrainBatch, num_processes: int
-    ) -> list[tuple[str, float, torch.Tensor]]:
-        """See `PerceptualLosses`."""
+        self, predicted: Tensor, batch: TrainBatch, num_processes: int
+    ) -> dict[str, tuple[float, Tensor]]:
+        """See `PerceptualLosses`; by their names in the log."""
+        found: dict[str, tuple[float, Tensor]] = {}
         if self.perceptual is None or not batch.objective.perceptual:
-            return []
-        found, wanted = (
-            unpatchify(patches, batch.grid, model.config.patch_size)
-            for patches in (predicted, batch.x0)
-        )
-        return self.perceptual(
-            *(found, wanted, batch.sigma, batch.places),
-            *(batch.objective, batch.levels, num_processes),
-        )
+            return found
+        pictures = [part.split(batch.batch.targets) for part in (predicted, batch.x0)]
+        patch_size = model_config(self.recipe).patch_size
+        for grid in dict.fromkeys(batch.grids):  # those of one size together
+            own = [i for i, other in enumerate(batch.grids) if other == grid]
+            ours, theirs = (
+                unpatchify(torch.stack([patches[i] for i in own]), grid, patch_size)
+                for patches in pictures
+            )
+            for name, weight, loss in self.perceptual(
+                *(ours, theirs, batch.sigma[own], batch.places[own]),
+                *(batch.objective, batch.levels, num_processes),
+            ):
+                found[name] = (weight, found[name][1] + loss if name in found else loss)
+        return found
 
     def blocks(self, model: O1) -> Sequence[nn.Module]:
         return list(model.model.language_model.layers)  # one block compiles 8 times faster
@@ -204,6 +204,33 @@ class O1Learner(Learner):
         told = settings(model.config, self.recipe)
         save_o1(half, draft, tokenizer=self.tokenizer, settings=told)
         return put_in_place(draft, out_dir)
+
+
+def _text_losses(
+    logits: Float[Tensor, "m v"], batch: TrainBatch, sums: PendingSums
+) -> dict[str, tuple[float, Tensor]]:
+    """(weight, loss) of all text that has a weight, by its name in the log.
+
+    A loss is a process's share of the mean over the labels of all, times their number.
+    """
+    objective, found = batch.objective, {}
+    weights = {"caption": objective.caption_weight * batch.pictured}
+    weights |= {task: objective.lm_weight * batch.shares.get(task, 0) for task in TEXT_TASKS}
+    for name, own, count in zip(SAID, logits.split(batch.counts), sums.wait(), strict=False):
+        if weights[name]:
+            following = batch.batch.input_ids[batch.said[name] + 1]
+            loss = text_loss(own, following, count / sums.num_processes)
+            found[f"loss_{name}"] = (weights[name], loss)
+    return found
+
+
+def _by_task(losses: Float[Tensor, " s"], tasks: Sequence[str]) -> dict[str, Tensor]:
+    """The mean loss of each task's pictures, which come in the order of `tasks`."""
+    drawn = [task for task in tasks if task not in TEXT_TASKS]
+    return {
+        f"loss_{task}": losses[[i for i, other in enumerate(drawn) if other == task]].mean()
+        for task in sorted(set(drawn))
+    }
 
 
 def model_config(recipe: Recipe) -> O1Config:
@@ -299,9 +326,5 @@ def _backend(recipe: Recipe) -> Backend:
     if recipe.device != "cpu" or recipe.precision == "float32":
         return "auto"  # measured in fp32 on a CPU: as fast at 16 patches, 1.3 times at 128
     patch = SIZES[recipe.model].patch_size if recipe.model in SIZES else 16
-    longest = max(
-        max(recipe.buckets.of(task)) + 32 + 2 * (stage.size // patch) ** 2
-        for stage in recipe.stages
-        for task in stage.tasks
-    )
+    longest = max(recipe.max_text + 32 + 2 * (stage.size // patch) ** 2 for stage in recipe.stages)
     return "math" if longest < 2 * MATH_ATTENTION_BELOW else "auto"

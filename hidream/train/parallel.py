@@ -116,7 +116,7 @@ class Processes:
             torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
             torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
             for block in blocks:
-                block.compile(dynamic=False)
+                block.compile()
         self._fully_shard(model, learner)
 
     def shard(self, model: nn.Module, learner: Learner) -> None:

@@ -21,7 +21,7 @@ STATES = (2, 1)  # an AdamW and a Muon keep so many values for each one
 class StagePlan:
     """A stage: steps, samples of all its steps, and tokens of one step over all processes.
 
-    `tokens` is the mean over the stage's tasks, if all words are as long as the longest bucket;
+    `tokens` is the mean over the stage's tasks, if all words are as long as `max_text`;
     the chat's few tokens around them are not counted, and subjects count as one reference.
     """
 
@@ -140,7 +140,7 @@ def _o1(recipe: Recipe) -> tuple[nn.Module, Callable[[int, str], int]]:
         model = O1(config)
 
     def num_tokens(size: int, task: str) -> int:
-        words = max(recipe.buckets.of(task))
+        words = recipe.max_text
         seen = (config.budgets.vision_side(1) // config.vision.stride) ** 2
         if task == "language":
             return words

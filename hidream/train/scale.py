@@ -215,7 +215,7 @@ def _seconds(
     }
     tokens = O1Tokens(
         causal=[work.text] * work.samples,
-        num_target=work.target,
+        targets=[work.target] * work.samples,
         references=[work.references] * work.samples,
         num_logits=work.text * work.samples,
     )

@@ -17,8 +17,8 @@ from hidream.folder import DIFFUSERS_STEM
 from hidream.models.loading import quiet_imports
 from hidream.models.o1.patches import to_picture, to_tensor
 from hidream.train.config import Autoencoder
-from hidream.train.distributed import PendingSum
-from hidream.train.draws import draw_noise, draw_sample, task_of
+from hidream.train.distributed import PendingSums
+from hidream.train.draws import draw_noise, draw_sample, draw_task
 from hidream.train.export import put_in_place
 from hidream.train.grids import montage
 from hidream.train.learner import Learner, Losses
@@ -34,7 +34,7 @@ class Pictures:
     task: str
     pictures: Float[Tensor, "b 3 h w"]
     noise: Float[Tensor, "b c height width"]
-    num_labels: int = 0
+    counts: tuple[int, ...] = ()
     redrawn: int = 0
     corrupt: int = 0
 
@@ -51,7 +51,8 @@ class VaeLearner(Learner):
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> Pictures:
         recipe = self.recipe
         number, _ = recipe.locate(step)
-        stage, task = recipe.stages[number], task_of(recipe, step)
+        stage = recipe.stages[number]
+        task = draw_task(recipe, stage, step)
         side = stage.size // 2 ** (len(recipe.vae.widths) - 1)
         shape, first = (recipe.vae.channels, side, side), recipe.first_sample(step)
         indices = [first + place for place in range(rank, stage.batch_size, world)]
@@ -63,7 +64,7 @@ class VaeLearner(Learner):
             noise=torch.stack([draw_noise(recipe.seed, index, shape) for index in indices]),
         )
 
-    def losses(self, model: Any, batch: Pictures, labels: PendingSum) -> Losses:
+    def losses(self, model: Any, batch: Pictures, sums: PendingSums) -> Losses:
         with self.precision():
             drawn = model.encode(batch.pictures).latent_dist
             made = model.decode(drawn.mean + drawn.std * batch.noise).sample

@@ -28,7 +28,6 @@ log_every = 1
 checkpoint_every = 0
 grid_every = 0
 seed = 11
-buckets = { text_to_image = [12, 40], edit = [12, 40] }
 [[stages]]
 size = 32
 steps = 4
@@ -169,7 +168,7 @@ def test_it_learns_eight_pictures_by_heart(recipe_file, tmp_path, monkeypatch):
             "stages.0.learning_rate=3e-3",
             "stages.0.tasks={text_to_image = 1.0}",
             "stages.1.steps=1",
-            "buckets.text_to_image=[60]",
+            "max_text=60",
         ],
     )
     train(recipe)

@@ -162,7 +162,7 @@ def test_a_bad_dataset_is_refused_before_anything_begins(tmp_path, capsys):
     (folder / "b.txt").write_text("cube " * 70)
     assert main(["train", str(RECIPE), f"data={folder}", f"out={out}"]) == 3
     told = capsys.readouterr().err
-    assert re.search(r"b: its caption has \d+ tokens; buckets.text_to_image take 64.", told)
+    assert re.search(r"b: its caption has \d+ tokens; max_text is 64.", told)
     (folder / "b.txt").write_text("a cube")
     assert main(["train", str(RECIPE), f"data={folder}", f"out={out}"]) == 3
     told = capsys.readouterr().err.splitlines()

@@ -116,14 +116,14 @@ def _generated(model: O1, tokens: Tokens, z0: Tensor, want: dict[str, Tensor]) -
     """
     t = want["timestep_step0"]
     a = len(tokens.input_ids)
-    batch = collate([tokens], num_text=a, num_references=len(tokens.references))
+    batch = collate([tokens])
     hidden: list[Tensor] = []
     handle = model.model.language_model.register_forward_hook(
         lambda module, inputs, output: hidden.append(output)
     )
-    model(batch, z0, 1 - t)
+    model(batch, z0[0], 1 - t)
     handle.remove()
-    whole = model.model.final_layer2(hidden[0][0, a + 1 :])
+    whole = model.model.final_layer2(hidden[0][a + 1 :])
     prefix = model.prefill([tokens])
     step = model.predict_x0(z0, 1 - t[0], prefix)[0]
     return torch.cat([step, whole[len(step) :]])
@@ -162,24 +162,23 @@ def run_language(model: O1, folder: Path) -> dict[str, Any]:
     rows = []
     for ids in want["input_ids"]:
         tokens = text_tokens(model, ids)
-        batch = collate([tokens], num_text=len(ids))
-        logits = model(batch).logits
+        logits = model(collate([tokens])).logits
         assert logits is not None
-        rows.append(logits[0])
+        rows.append(logits)
     return {"case": "lm", "logits_rel": relative(torch.stack(rows), want["logits"])}
 
 
 def text_tokens(model: O1, ids: Tensor) -> Tokens:
-    """Tokens of a text alone, with a 1×1 target that nothing reads."""
+    """Tokens of a text alone."""
     slots = torch.zeros(len(ids), dtype=torch.bool)
     return Tokens(
         input_ids=ids,
-        position_ids=text_positions(slots, [], num_after=2),
+        position_ids=text_positions(slots, [], num_after=1),
         references=torch.zeros(0, model.config.patch_dim),
         image_slots=slots,
         pixel_values=torch.zeros(0, model.config.vision.patch_dim),
         image_grids=(),
-        grid=(1, 1),
+        grid=(0, 0),
         caption=slice(0, len(ids)),
     )
 

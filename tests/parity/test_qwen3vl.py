@@ -131,8 +131,7 @@ def test_logits(tiny_model, theirs, tokens):
     """The prefix's language: our whole way through `forward` against theirs with their head."""
     from hidream.models.o1.batch import collate
 
-    batch = collate([tokens], num_text=len(tokens.input_ids), num_references=len(tokens.references))
-    ours = tiny_model(batch).logits
+    ours = tiny_model(collate([tiny.text_alone(tokens)])).logits
     seen = theirs["visual"](
         tokens.pixel_values, torch.tensor([(1, *grid) for grid in tokens.image_grids])
     )
@@ -145,7 +144,7 @@ def test_logits(tiny_model, theirs, tokens):
         visual_pos_masks=tokens.image_slots[None],
         deepstack_visual_embeds=seen.deepstack_features,
     ).last_hidden_state
-    assert_close(ours, tiny_model.lm_head(expected))
+    assert_close(ours[None], tiny_model.lm_head(expected))
 
 
 def test_configs_are_read_as_we_write_them():

@@ -6,6 +6,8 @@ import io
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from hidream.data.dataset import open_dataset
 from hidream.errors import InputError, UsageError
 from hidream.train.config import parse_recipe
 from hidream.train.datasets import TrainingData, fit, nearest_size, training_sizes
+from hidream.train.o1 import O1Learner
 from hidream.world.sample import Sample
 from tests import tiny
+
+NANO = Path(__file__).parents[2] / "hidream" / "models" / "o1_nano"
 
 
 def recipe_of(path, *, tasks=("text_to_image",), steps=40, size=32, **data):
@@ -381,6 +386,23 @@ def test_a_steps_samples_share_a_size_and_sizes_come_as_often_as_they_are(ten):
     counts = Counter(s.prompt for one in drawn for s in one.samples)
     assert len(counts) == 10
     assert max(counts.values()) < 2 * min(counts.values())
+
+
+def test_samples_of_one_step_may_have_each_its_own_size(ten):
+    recipe = recipe_of(ten, steps=9, size=48, world=0.2)
+    learner = O1Learner(replace(recipe, tokenizer=str(NANO)))
+    sizes = set()
+    for step in range(9):
+        batch = learner.make_batch(step)
+        of_grids = [(16 * columns, 16 * rows) for rows, columns in batch.grids]
+        first = recipe.first_sample(step)
+        named = [learner.data.size_at(0, "text_to_image", first + i) for i in range(4)]
+        assert of_grids == named
+        assert [w * h // 256 for w, h in of_grids] == batch.batch.targets
+        sizes.add(frozenset(of_grids))
+    assert any(len(of_step) > 1 for of_step in sizes)
+    epoch = [learner.data.sample(0, "text_to_image", i)[0].prompt for i in range(10, 20)]
+    assert len(set(epoch)) == 10
 
 
 def test_processes_share_the_samples_of_one(ten):

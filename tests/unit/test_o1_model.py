@@ -1,6 +1,7 @@
 """O1's network: prefix and step equal the whole sequence, rows read whom they may, nobody else."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,18 +46,10 @@ def noise(tokens, count=1, seed=0):
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def exact(*requests, labels=None):
-    """A batch without padding where the requests are of one length."""
-    return collate(
-        requests,
-        num_text=max(len(t.input_ids) for t in requests),
-        num_references=max(len(t.references) for t in requests),
-        labels=labels,
-    )
-
-
 def whole(model, batch, x_t, sigma=SIGMA):
-    return model(batch, x_t, sigma.expand(len(x_t)))
+    """What `forward` predicts, pictures one by one."""
+    made = model(batch, x_t.flatten(0, 1), sigma.expand(len(x_t)))
+    return SimpleNamespace(x0=made.x0.view_as(x_t), logits=made.logits)
 
 
 def assert_close(ours, theirs, tolerance=CLOSE):
@@ -76,7 +69,7 @@ def test_prefix_and_step_equal_the_whole_sequence(tiny_model, make, num_referenc
     tokens = make(num_references=num_references)
     x_t = noise(tokens)
     step = tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens]))
-    assert_close(step, whole(tiny_model, exact(tokens), x_t).x0)
+    assert_close(step, whole(tiny_model, collate([tokens]), x_t).x0)
 
 
 def test_a_reference_of_one_token(tiny_model, make):
@@ -86,7 +79,7 @@ def test_a_reference_of_one_token(tiny_model, make):
     assert int(tokens.image_slots.sum()) == 9  # and one vision token each
     x_t = noise(tokens)
     step = tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens]))
-    assert_close(step, whole(tiny_model, exact(tokens), x_t).x0)
+    assert_close(step, whole(tiny_model, collate([tokens]), x_t).x0)
     other = make(num_references=9, width=32, height=32, pictures=[tiny.picture(2, 50, 50)] * 9)
     assert differ(tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([other])), step)
 
@@ -95,7 +88,7 @@ def test_with_a_layout(tiny_model, make):
     tokens = make(num_references=2, layout=[(0.1, 0.5, 0.1, 0.9), (0.5, 0.9, 0.2, 0.6)])
     x_t = noise(tokens)
     step = tiny_model.predict_x0(x_t, SIGMA, tiny_model.prefill([tokens]))
-    assert_close(step, whole(tiny_model, exact(tokens), x_t).x0)
+    assert_close(step, whole(tiny_model, collate([tokens]), x_t).x0)
 
 
 def test_requests_of_any_lengths_are_one_batch(tiny_model, make):
@@ -113,7 +106,7 @@ def test_requests_of_any_lengths_are_one_batch(tiny_model, make):
     for i, tokens in enumerate(requests):
         alone = tiny_model.predict_x0(x_t[i : i + 1], SIGMA, tiny_model.prefill([tokens]))
         assert_close(together[i : i + 1], alone)
-        assert_close(together[i : i + 1], whole(tiny_model, exact(tokens), x_t[i : i + 1]).x0)
+        assert_close(together[i : i + 1], whole(tiny_model, collate([tokens]), x_t[i : i + 1]).x0)
 
 
 def test_take_selects_orders_and_repeats(tiny_model, make):
@@ -147,7 +140,7 @@ def test_prefix_holds_the_causal_tokens_alone(tiny_model, make):
 def test_text_depends_on_no_later_token_and_on_no_noise(tiny_model, make):
     """To the bit: what the prefix holds cannot change while a picture is made."""
     tokens = make("a red cube", 2)
-    batch, x_t = exact(tokens), noise(tokens)
+    batch, x_t = collate([tokens]), noise(tokens)
     logits = whole(tiny_model, batch, x_t).logits
 
     for other in (
@@ -156,14 +149,18 @@ def test_text_depends_on_no_later_token_and_on_no_noise(tiny_model, make):
         whole(tiny_model, replace(batch, references=-batch.references), x_t).logits,
     ):
         assert torch.equal(other, logits)
-    assert_close(tiny_model(batch).logits, logits)  # text alone
+    alone = tiny_model(collate([tiny.text_alone(tokens)])).logits
+    assert_close(alone, logits)
+    asked = torch.tensor([3, 5])
+    few = tiny_model(batch, x_t[0], SIGMA.expand(1), asked).logits
+    assert_close(few, logits[asked])
 
     place = len(tokens.input_ids) - 4
     changed = batch.input_ids.clone()
-    changed[0, place] = 65
+    changed[place] = 65
     later = whole(tiny_model, replace(batch, input_ids=changed), x_t).logits
-    assert torch.equal(later[:, :place], logits[:, :place])
-    assert differ(later[:, place:], logits[:, place:])
+    assert torch.equal(later[:place], logits[:place])
+    assert differ(later[place:], logits[place:])
 
 
 def test_generated_rows_read_everything(tiny_model, make):
@@ -195,10 +192,10 @@ def test_references_read_the_target(tiny_model, make):
     tokens = make("a red cube", 1)
     seen = []
     hook = tiny_model.model.language_model.register_forward_hook(
-        lambda module, inputs, output: seen.append(output[0, -len(tokens.references) :])
+        lambda module, inputs, output: seen.append(output[-len(tokens.references) :])
     )
     for seed in (0, 1):
-        whole(tiny_model, exact(tokens), noise(tokens, seed=seed))
+        whole(tiny_model, collate([tokens]), noise(tokens, seed=seed))
     hook.remove()
     assert differ(seen[0], seen[1])
 
@@ -292,27 +289,41 @@ def test_deepstack_is_added_after_the_first_blocks(tiny_model, make):
 # -- batches for training --------------------------------------------------------------------------
 
 
-def test_padding_changes_nothing(tiny_model, make):
-    requests = [make("a"), make("the red cube of the sphere", 2), make("make it blue", 1)]
-    x_t = noise(requests[0], count=3)
-    sigma = torch.tensor([0.9, 0.5, 0.1])
-    num_text = max(len(t.input_ids) for t in requests)
-    num_references = max(len(t.references) for t in requests)
-    found = [
-        tiny_model(
-            collate(requests, num_text=num_text + more, num_references=num_references + more),
-            x_t,
-            sigma,
-        )
-        for more in (0, 7)
+def test_what_is_packed_together_changes_nothing(tiny_model, make):
+    """Tasks, sizes and lengths are mixed; some samples are long enough never to be padded."""
+    requests = [
+        make("a"),
+        make("the red cube of the sphere", 2),
+        tiny.text_alone(make("what is in the picture?", 1)),
+        make("make it blue", 1, width=32, height=96),
+        make("a", width=384, height=384),
+        make("a red", width=384, height=384),
+        make("a", 1, width=384, height=384),
+        make("the cube"),
     ]
-    for i, tokens in enumerate(requests):
-        alone = tiny_model(exact(tokens), x_t[i : i + 1], sigma[i : i + 1])
-        length = len(tokens.input_ids)
-        for prediction in found:
-            assert_close(prediction.x0[i : i + 1], alone.x0)
-            assert_close(prediction.logits[i : i + 1, :length], alone.logits)
-            assert prediction.logits.isfinite().all()
+    drawn = [tokens for tokens in requests if tokens.num_target]
+    x_t = [noise(tokens, seed=i)[0] for i, tokens in enumerate(drawn)]
+    sigma = torch.linspace(0.95, 0.1, len(drawn))
+    batch = collate(requests)
+    assert {rows.mask is None for rows in batch.packing.rows} == {True, False}
+    together = tiny_model(batch, torch.cat(x_t), sigma)
+    pictures = iter(zip(together.x0.split(batch.targets), x_t, sigma, strict=True))
+    texts = together.logits.split([n.text for n in batch.lengths])
+    for tokens, text in zip(requests, texts, strict=True):
+        if tokens.num_target:
+            x0, x, level = next(pictures)
+            alone = tiny_model(collate([tokens]), x, level[None])
+            assert_close(x0, alone.x0)
+        else:
+            alone = tiny_model(collate([tokens]))
+        assert_close(text, alone.logits)
+
+
+def test_a_process_may_have_nothing_to_draw(tiny_model, make):
+    batch = collate([tiny.text_alone(make("what?", 1))])
+    none = tiny_model(batch, torch.zeros(0, O1_TINY.patch_dim), torch.zeros(0))
+    assert none.x0.shape == (0, O1_TINY.patch_dim)
+    assert_close(none.logits, tiny_model(batch).logits)
 
 
 def test_every_parameter_learns(tokenizer, make):
@@ -320,13 +331,12 @@ def test_every_parameter_learns(tokenizer, make):
     for losses, without in (("both", set()), ("picture", {"lm_head.weight"})):
         model = tiny.random_o1().requires_grad_(True)
         tokens = make("the red cube", 2)
-        batch = exact(tokens, labels=[tokens.caption])
+        batch = collate([tokens])
         prediction = whole(model, batch, noise(tokens))
         loss = prediction.x0.square().mean()
         if losses == "both":
-            loss = loss + torch.nn.functional.cross_entropy(
-                prediction.logits.flatten(0, 1), batch.labels.flatten()
-            )
+            following = batch.input_ids[1:]
+            loss = loss + torch.nn.functional.cross_entropy(prediction.logits[:-1], following)
         loss.backward()
         idle = {
             name
@@ -359,7 +369,7 @@ def test_backends_agree(tiny_model, make):
     tokens = make("a red cube", 2)
     x_t = noise(tokens)
     for mode in (
-        lambda model: whole(model, exact(tokens), x_t).x0,
+        lambda model: whole(model, collate([tokens]), x_t).x0,
         lambda model: model.predict_x0(x_t, SIGMA, model.prefill([tokens])),
     ):
         assert_close(mode(other), mode(tiny_model))
@@ -421,8 +431,9 @@ def test_half_precision(tiny_model, make):
 
 def test_time_needs_its_picture(tiny_model, make):
     tokens = make()
-    with pytest.raises(ValueError, match="sigma"):
-        tiny_model(exact(tokens), noise(tokens))
+    for given in ((noise(tokens)[0],), ()):
+        with pytest.raises(ValueError, match="needs x_t and its sigma"):
+            tiny_model(collate([tokens]), *given)
 
 
 # -- sizes -----------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Requests as tokens: ids as in the whole rendered chat, positions, patches, padded batches."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer as FastTokenizer
 
 from hidream.errors import ModelError
-from hidream.models.o1.batch import IGNORE, collate
+from hidream.models.o1.batch import collate
 from hidream.models.o1.config import O1_TINY
 from hidream.models.o1.patches import patchify, to_picture, to_tensor, unpatchify, vision_patches
 from hidream.models.o1.tokens import (
@@ -264,21 +263,22 @@ def requests(tokenizer):
     ]
 
 
-def test_batches_are_padded_in_two_places(requests):
-    num_text = max(len(t.input_ids) for t in requests) + 3
-    num_references = max(len(t.references) for t in requests) + 2
-    batch = collate(requests, num_text=num_text, num_references=num_references)
-    assert batch.position_ids.shape == (3, 3, num_text + 1 + 4 + num_references)
-    for i, tokens in enumerate(requests):
-        a, r = len(tokens.input_ids), len(tokens.references)
-        assert torch.equal(batch.input_ids[i, :a], tokens.input_ids)
-        assert batch.text_mask[i].tolist() == [j < a for j in range(num_text)]
-        assert batch.reference_mask[i].tolist() == [j < r for j in range(num_references)]
-        assert torch.equal(batch.references[i, :r], tokens.references)
-        assert torch.equal(batch.position_ids[:, i, :a], tokens.position_ids[:, :a])
-        generated = batch.position_ids[:, i, num_text : num_text + 5 + r]
-        assert torch.equal(generated, tokens.position_ids[:, a:])
-    pads = batch.input_ids.flatten()[batch.image_slots]
+def test_batches_are_packed_by_kind(requests):
+    batch = collate(requests)
+    for name in ("input_ids", "references"):
+        one_by_one = torch.cat([getattr(tokens, name) for tokens in requests])
+        assert torch.equal(getattr(batch, name), one_by_one)
+    assert batch.lengths == tuple(
+        (len(tokens.input_ids), 4, len(tokens.references)) for tokens in requests
+    )
+    assert batch.targets == [4, 4, 4]
+    kinds = [
+        tokens.position_ids.split([n.text, 1, n.target, n.references], dim=1)
+        for tokens, n in zip(requests, batch.lengths, strict=True)
+    ]
+    by_kind = torch.cat([part for kind in zip(*kinds, strict=True) for part in kind], dim=1)
+    assert torch.equal(batch.position_ids, by_kind)
+    pads = batch.input_ids[batch.image_slots]
     assert len(pads) == sum(int(t.image_slots.sum()) for t in requests)
     assert len(pads.unique()) == 1
     assert batch.pixel_values is not None
@@ -286,55 +286,20 @@ def test_batches_are_padded_in_two_places(requests):
 
 
 def test_who_may_read_whom(requests):
-    """The mask, entry by entry: text reads earlier text; the rest reads all that is no padding."""
-    num_text, num_references = 60, 20
-    batch = collate(requests, num_text=num_text, num_references=num_references)
-    mask = batch.attention_mask()
-    length = num_text + 1 + 4 + num_references
-    assert mask.shape == (3, length, length)
-    for i, tokens in enumerate(requests):
-        a, r = len(tokens.input_ids), len(tokens.references)
-        there = [j < a or num_text <= j < num_text + 5 + r for j in range(length)]
-        for query in range(length):
-            expected = [there[key] and (query >= num_text or key <= query) for key in range(length)]
-            assert mask[i, query].tolist() == expected
-
-
-def test_labels_are_the_next_tokens(requests):
-    batch = collate(requests, num_text=60, num_references=20, labels=[t.caption for t in requests])
-    for i, tokens in enumerate(requests):
-        said = range(60)[tokens.caption]
-        for place in range(60):
-            label = batch.labels[i, place].item()
-            if place + 1 in said:
-                assert label == tokens.input_ids[place + 1]
-            else:
-                assert label == IGNORE
-    unlabelled = collate(requests, num_text=60, num_references=20)
-    assert (unlabelled.labels == IGNORE).all()
-
-
-def test_nothing_foretells_the_first_token(requests):
-    whole = [slice(0, len(t.input_ids)) for t in requests]
-    batch = collate(requests, num_text=60, num_references=20, labels=whole)
-    for i, tokens in enumerate(requests):
-        a = len(tokens.input_ids)
-        assert torch.equal(batch.labels[i, : a - 1], tokens.input_ids[1:])
-        assert (batch.labels[i, a - 1 :] == IGNORE).all()
-
-
-def test_what_does_not_fit_is_refused(requests, tokenizer):
-    a, r = len(requests[0].input_ids), len(requests[0].references)
-    collate(requests[:1], num_text=a, num_references=r)
-    for sizes in (
-        {"num_text": a - 1, "num_references": r},
-        {"num_text": a, "num_references": r - 1},
-    ):
-        with pytest.raises(ValueError, match=f"{a} text, 4 target and {r} reference tokens"):
-            collate(requests[:1], **sizes)
-    wide = encode(tokenizer, O1_TINY, "a", width=64, height=32)
-    with pytest.raises(ValueError, match="request 1 "):
-        collate([requests[1], wide], num_text=60)
+    """Entry by entry: text reads its sample's earlier text; the rest reads all of its sample."""
+    batch = collate(requests)
+    kinds = [(n.text, 1, n.target, n.references) for n in batch.lengths]
+    owner = [i for kind in zip(*kinds, strict=True) for i, n in enumerate(kind) for _ in range(n)]
+    assert len(owner) == batch.position_ids.shape[1]
+    num_text, size = len(batch.input_ids), len(owner)
+    marks = torch.eye(size)[:, None]  # token i has the value e_i: what is read tells of whom
+    read = batch.packing.read(torch.zeros_like(marks), torch.zeros_like(marks), marks)[:, 0]
+    for query in range(size):
+        expected = [
+            owner[key] == owner[query] and (query >= num_text or key <= query)
+            for key in range(size)
+        ]
+        assert (read[query] > 0).tolist() == expected
 
 
 def test_moving_keeps_everything(requests):
@@ -342,7 +307,6 @@ def test_moving_keeps_everything(requests):
     moved = tokens.to("meta")
     assert moved.input_ids.device.type == moved.references.device.type == "meta"
     assert (moved.grid, moved.caption) == (tokens.grid, tokens.caption)
-    batch = collate(requests, num_text=60, num_references=20)
-    assert batch.to("meta").attention_mask().device.type == "meta"
-    alone = collate([replace(requests[1])], num_text=60)
-    assert alone.to("cpu").pixel_values is None
+    moved = collate(requests).to("meta")
+    assert moved.packing.back.device.type == moved.packing.rows[0].index.device.type == "meta"
+    assert collate(requests[1:2]).to("cpu").pixel_values is None

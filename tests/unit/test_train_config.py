@@ -52,7 +52,7 @@ def test_overrides_reach_into_tables_and_lists():
         ("processes=0", "must be at least 1"),
         ("stages.0.batch_size=7", "multiple of the 2 processes"),
         ("stages.0.warmup=100000", "must fit into"),
-        ("buckets.edit=[8, 4]", "rising"),
+        ("max_text=0", "max_text = 0 must be at least 1"),
         ("precision=float8", "bfloat16"),
         ("seed", "is not key=value"),
         (

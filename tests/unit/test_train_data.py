@@ -4,15 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from hidream.models.o1.batch import IGNORE
+from hidream.errors import ModelError
 from hidream.models.o1.tokens import Tokenizer
 from hidream.train.config import parse_recipe
-from hidream.train.data import (
-    _num_words,
-    encode_sample,
-    make_batch,
-)
-from hidream.train.draws import task_of
+from hidream.train.data import encode_sample, make_batch
+from hidream.train.draws import draw_task
 from hidream.train.o1 import model_config
 from hidream.train.prefetch import Prefetcher
 from hidream.world import tasks
@@ -21,10 +17,9 @@ TASKS = tasks.TASKS
 
 
 def recipe_of(**changes):
-    stage = {"size": 32, "steps": 50, "batch_size": 6, "learning_rate": 1e-3}
+    stage = {"size": 32, "steps": 50, "batch_size": 12, "learning_rate": 1e-3}
     stage["tasks"] = dict.fromkeys(changes.pop("tasks", TASKS), 1.0)
     plain = {"name": "tiny", "model": "o1-tiny", "seed": 3, "stages": [stage]}
-    plain["buckets"] = {"text_to_image": [8, 40], "edit": [8, 40]}
     return parse_recipe(plain | changes)
 
 
@@ -46,63 +41,105 @@ def assert_same(a, b):
     for x, y in ((a.x0, b.x0), (a.noise, b.noise), (a.sigma, b.sigma)):
         assert torch.equal(x, y)
     for name, value in vars(a.batch).items():
-        other = getattr(b.batch, name)
-        same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-        assert same, name
+        if name != "packing":
+            other = getattr(b.batch, name)
+            same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+            assert same, name
+    assert a.tasks == b.tasks
+    assert all(torch.equal(a.said[name], b.said[name]) for name in a.said)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_batch_is_a_function_of_its_step(tokenizer, task):
-    recipe = recipe_of(tasks=[task])
-    first = batch_of(recipe, tokenizer, 4)
-    assert first.task == task
-    assert_same(first, batch_of(recipe, tokenizer, 4))
-    assert not torch.equal(
-        first.batch.input_ids[0, :30], batch_of(recipe, tokenizer, 5).batch.input_ids[0, :30]
+def samples_of(batch):
+    """One by one: task, ids, labelled tokens, and what is drawn."""
+    texts = batch.batch.input_ids.split([n.text for n in batch.batch.lengths])
+    pictures = iter(
+        zip(
+            batch.x0.split(batch.batch.targets),
+            batch.noise.split(batch.batch.targets),
+            batch.sigma,
+            batch.grids,
+            strict=True,
+        )
     )
+    found = []
+    for task, text, n in zip(batch.tasks, texts, batch.batch.lengths, strict=True):
+        assert bool(n.target) == (task not in ("language", "understanding"))
+        picture = next(pictures) if n.target else ()
+        found.append((task, text, *picture))
+    assert next(pictures, None) is None
+    return found
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_processes_share_the_samples_of_one(tokenizer, task):
-    recipe = recipe_of(tasks=[task])
+def test_a_batch_is_a_function_of_its_step(tokenizer):
+    recipe = recipe_of()
+    first = batch_of(recipe, tokenizer, 4)
+    assert len(set(first.tasks)) > 2  # of several tasks at once
+    assert sum(first.shares.values()) == pytest.approx(1)
+    assert_same(first, batch_of(recipe, tokenizer, 4))
+    other = batch_of(recipe, tokenizer, 5)
+    assert other.tasks != first.tasks
+    assert not torch.equal(first.batch.input_ids[:60], other.batch.input_ids[:60])
+
+
+@pytest.mark.parametrize("tasks", [TASKS, ("language",), ("text_to_image", "edit")])
+def test_processes_share_the_samples_of_one(tokenizer, tasks):
+    recipe = recipe_of(tasks=tasks)
     whole = batch_of(recipe, tokenizer, 2)
     shares = [batch_of(recipe, tokenizer, 2, rank, 2) for rank in range(2)]
     for rank, share in enumerate(shares):
-        assert torch.equal(share.batch.input_ids, whole.batch.input_ids[rank::2])
-        assert torch.equal(share.x0, whole.x0[rank::2])
-        assert torch.equal(share.noise, whole.noise[rank::2])
-        assert torch.equal(share.sigma, whole.sigma[rank::2])
-    assert sum(share.num_labels for share in shares) == whole.num_labels
+        assert (share.shares, share.sees) == (whole.shares, whole.sees)
+        assert torch.equal(share.levels, whole.levels)
+        for one, other in zip(samples_of(share), samples_of(whole)[rank::2], strict=True):
+            for a, b in zip(one, other, strict=True):
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    counts = zip(*(share.counts for share in shares), strict=True)
+    assert [sum(pair) for pair in counts] == whole.counts
+
+
+def test_nothing_is_padded(tokenizer):
+    recipe = recipe_of()
+    batch = batch_of(recipe, tokenizer, 3)
+    lengths = batch.batch.lengths
+    assert batch.batch.position_ids.shape[1] == sum(n.total for n in lengths)
+    assert len({n.total for n in lengths}) > 4
 
 
 def test_tasks_come_in_the_proportions_of_the_recipe():
-    stage = {"size": 32, "steps": 3000, "batch_size": 1, "learning_rate": 1e-3}
+    stage = {"size": 32, "steps": 1, "batch_size": 3000, "learning_rate": 1e-3}
     weights = {"text_to_image": 6, "edit": 3, "language": 1}
     recipe = parse_recipe({"name": "x", "model": "o1-tiny", "stages": [stage | {"tasks": weights}]})
-    drawn = [task_of(recipe, step) for step in range(3000)]
+    drawn = [draw_task(recipe, recipe.stages[0], index) for index in range(3000)]
     for task, weight in weights.items():
         assert drawn.count(task) / 3000 == pytest.approx(weight / 10, abs=0.03)
 
 
-def test_padding_to_buckets_leaves_the_lengths_as_they_are_in_the_world(tokenizer):
-    recipe = recipe_of(tasks=["text_to_image"], buckets={"text_to_image": [6, 10, 40]})
-    plain = [_num_words(tokenizer, tasks.sample("text_to_image", 3, i)) for i in range(300)]
-    labels = []
-    for step in range(50):
-        batch = batch_of(recipe, tokenizer, step).batch
-        labels += [int(n) - 1 for n in (batch.labels != IGNORE).sum(dim=1) if n]
-    assert np.mean(labels) == pytest.approx(np.mean(plain), rel=0.15)
+def test_samples_longer_than_max_text_are_replaced_and_counted(tokenizer):
+    recipe = recipe_of(tasks=["text_to_image"], max_text=8)
+    batches = [batch_of(recipe, tokenizer, step) for step in range(4)]
+    assert sum(batch.redrawn for batch in batches) > 0
+    for batch in batches:
+        assert batch.counts[0] <= (8 + 1) * len(batch.tasks)
+    assert batch_of(recipe_of(max_text=300), tokenizer, 0).redrawn == 0
+    with pytest.raises(ModelError, match="at most max_text = 1 tokens"):
+        batch_of(recipe_of(tasks=["edit"], max_text=1), tokenizer, 0)
 
 
 def test_captions_and_answers_are_labelled_with_their_own_tokens(tokenizer):
     end = tokenizer.special["<|im_end|>"]
-    for task in ("text_to_image", "language", "understanding"):
-        recipe = recipe_of(tasks=[task], objective={"caption_dropout": 0.0})
-        batch = batch_of(recipe, tokenizer, 1).batch
-        for row in batch.labels:
-            said = row[row != IGNORE].tolist()
-            assert said[-1] == end
-            assert tokenizer.decode(said).strip()
+    recipe = recipe_of(objective={"caption_dropout": 0.0})
+    batch = batch_of(recipe, tokenizer, 1)
+    ends = np.cumsum([n.text for n in batch.batch.lengths])
+    owner = {
+        name: np.searchsorted(ends, positions.numpy(), side="right")
+        for name, positions in batch.said.items()
+    }
+    assert [len(positions) for positions in batch.said.values()] == batch.counts
+    for i, task in enumerate(batch.tasks):
+        name = task if task in ("language", "understanding") else "caption"
+        assert not any((owner[other] == i).any() for other in owner if other != name)
+        following = batch.batch.input_ids[batch.said[name][owner[name] == i] + 1].tolist()
+        assert following[-1] == end
+        assert tokenizer.decode(following).strip()
 
 
 @pytest.mark.parametrize("task", ["language", "understanding"])
@@ -130,14 +167,15 @@ def test_a_dropped_caption_is_the_unconditional_one_and_carries_no_loss(tokenize
     from hidream.models.o1.tokens import encode
 
     recipe = recipe_of(tasks=["edit"], objective={"caption_dropout": 1.0, "reference_dropout": 0.0})
-    batch = batch_of(recipe, tokenizer, 0).batch
-    assert (batch.labels == IGNORE).all()
-    assert batch.reference_mask.any(dim=1).all()  # references stay
+    batch = batch_of(recipe, tokenizer, 0)
+    assert batch.counts == [0, 0, 0]
+    assert all(n.references for n in batch.batch.lengths)  # references stay
     recipe = recipe_of(tasks=["edit"], objective={"caption_dropout": 1.0, "reference_dropout": 1.0})
-    batch = batch_of(recipe, tokenizer, 0).batch
-    assert not batch.reference_mask.any()
+    batch = batch_of(recipe, tokenizer, 0)
+    assert not any(n.references for n in batch.batch.lengths)
+    assert batch.sees
     plain = encode(tokenizer, model_config(recipe), " ", width=32, height=32).input_ids
-    assert torch.equal(batch.input_ids[0, : len(plain)], plain)
+    assert torch.equal(batch.batch.input_ids[: len(plain)], plain)
 
 
 def test_prefetching_keeps_the_order_and_hands_on_errors(tokenizer):

@@ -53,19 +53,21 @@ def learner(tiny_folder):
     return O1Learner(recipe)
 
 
-def step_of(batch, x0, sigma, num_labels):
+def step_of(batch, x0, sigma):
     return TrainBatch(
-        task="edit",
+        tasks=("edit",) * len(batch.lengths),
         objective=Objective(),
         batch=batch,
         x0=x0,
         noise=x0,
         sigma=sigma,
-        levels=sigma,
+        grids=((2, 2),) * len(sigma),
         places=torch.zeros(len(sigma), 2),
-        grid=(2, 2),
-        num_labels=num_labels,
+        levels=sigma,
+        shares={"edit": 1.0},
+        said={"caption": torch.arange(len(batch.input_ids))},
         redrawn=0,
+        corrupt=0,
     )
 
 
@@ -75,20 +77,13 @@ def test_o1(learner, tokenizer, num_references, drawn):
     if drawn:
         requests = [
             encode(tokenizer, O1_TINY, text, width=64, height=64, references=references)
-            for text in ("a red cube", "a blue cube")
+            for text in ("a red cube", "a red cube?")  # unlike, and so read with a mask
         ]
     else:
         requests = [encode_text(tokenizer, O1_TINY, "what?", references, [5, 6])] * 2
-    lengths = [len(r.input_ids) for r in requests]
-    batch = collate(
-        requests,
-        num_text=max(lengths),
-        num_references=len(requests[0].references),
-        labels=[slice(1, n) for n in lengths],
-    )
-    shape = (2, requests[0].num_target if drawn else 0, O1_TINY.patch_dim)
-    x0, sigma = torch.zeros(shape), torch.tensor([0.3, 0.6])
-    step = step_of(batch, x0, sigma, 4)
+    batch = collate(requests)
+    x0, sigma = torch.zeros(sum(batch.targets), O1_TINY.patch_dim), torch.tensor([0.3, 0.6])
+    step = step_of(batch, x0, sigma)
     model = O1(O1_TINY)
 
     def run():
@@ -96,17 +91,6 @@ def test_o1(learner, tokenizer, num_references, drawn):
         return made.logits.sum() + (made.x0.sum() if drawn else 0)
 
     assert learner.flops(step) == pytest.approx(counted(run), rel=CLOSE)
-
-
-def test_o1_padding_is_not_counted(learner, tokenizer):
-    request = encode(tokenizer, O1_TINY, "a red cube", width=64, height=64)
-
-    def flops(num_text):
-        batch = collate([request], num_text=num_text, labels=[slice(1, 3)])
-        x0 = torch.zeros(1, request.num_target, O1_TINY.patch_dim)
-        return learner.flops(step_of(batch, x0, torch.ones(1), 2))
-
-    assert flops(len(request.input_ids)) == flops(len(request.input_ids) + 20) > 0
 
 
 @pytest.mark.parametrize(("size", "num_experts"), [(I1_TINY, 0), (E1_TINY, 4)])

@@ -100,7 +100,7 @@ def test_adapters_begin_as_no_change_and_alone_are_trained(tiny_folder, tokenize
     base = learner.inner.build()
     assert error(answer(adapters.network, tokenizer), answer(base, tokenizer)) < 1e-5
     batch = learner.make_batch(0)
-    learner.losses(adapters, batch, World().start_sum(batch.num_labels)).total.backward()
+    learner.losses(adapters, batch, World().start_sums(*batch.counts)).total.backward()
     for name, parameter in adapters.named_parameters():
         moved = parameter.grad is not None and parameter.grad.abs().max() > 0
         assert moved == (not name.endswith("lora_A")), name  # B is 0, so A has no gradient yet
@@ -128,7 +128,7 @@ def test_dropout_is_the_steps_own(tiny_folder):
 
     def loss(step):
         batch = learner.make_batch(step)
-        labels = World().start_sum(batch.num_labels)
+        labels = World().start_sums(*batch.counts)
         return learner.losses(adapters, batch, labels).total.item()
 
     before = torch.get_rng_state()

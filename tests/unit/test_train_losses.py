@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from hidream.models.o1.batch import IGNORE
 from hidream.sampling import add_noise, to_velocity
 from hidream.train.config import parse_recipe
-from hidream.train.losses import picture_loss, text_loss, velocity_weight
+from hidream.train.losses import picture_losses, text_loss, velocity_weight
 
 DELTA = 0.05
 
@@ -21,21 +20,37 @@ def draws():
     return x0, noise, predicted, sigma
 
 
+def loss_of(predicted, x0, sigma, *power):
+    """The mean over pictures of four patches each."""
+    flat = predicted.flatten(0, 1), x0.flatten(0, 1)
+    return picture_losses(*flat, [4] * len(sigma), sigma, DELTA, *power).mean()
+
+
 @pytest.mark.parametrize("noise_scale", [1.0, 8.0])
-def test_picture_loss_is_the_mean_squared_error_of_the_velocity(draws, noise_scale):
+def test_picture_losses_are_the_mean_squared_error_of_the_velocity(draws, noise_scale):
     x0, noise, predicted, sigma = draws
     x_t = add_noise(x0, noise, sigma, noise_scale)
     error = to_velocity(x_t, predicted, sigma) - (noise_scale * noise - x0)
     expected = error.double().square().mean()
-    actual = picture_loss(predicted, x0, sigma, DELTA)
-    assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss_of(predicted, x0, sigma).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_pictures_of_all_sizes_weigh_alike(draws):
+    x0, _, predicted, _ = draws
+    sizes, level = [1, 4, 2], torch.full((3,), 0.5)
+    x0, predicted = x0.flatten(0, 1)[:7], predicted.flatten(0, 1)[:7]
+    losses = picture_losses(predicted, x0, sizes, level, DELTA)
+    squares = 4 * (predicted - x0).square().mean(dim=1)
+    expected = torch.stack([squares[:1].mean(), squares[1:5].mean(), squares[5:].mean()])
+    torch.testing.assert_close(losses, expected)
+    assert picture_losses(predicted[:0], x0[:0], [], level[:0], DELTA).shape == (0,)
 
 
 def test_errors_of_much_noise_weigh_less_with_a_power_of_t(draws):
     x0, _, predicted, sigma = draws
-    parts = [picture_loss(predicted[i, None], x0[i, None], sigma[i, None], DELTA) for i in range(6)]
+    parts = [loss_of(predicted[i, None], x0[i, None], sigma[i, None]) for i in range(6)]
     expected = (torch.stack(parts) * (1 - sigma) ** 2).mean()
-    torch.testing.assert_close(picture_loss(predicted, x0, sigma, DELTA, 2.0), expected)
+    torch.testing.assert_close(loss_of(predicted, x0, sigma, 2.0), expected)
 
 
 def test_the_weight_is_bounded_near_data():
@@ -43,28 +58,26 @@ def test_the_weight_is_bounded_near_data():
     torch.testing.assert_close(weight, torch.tensor([400.0, 400.0, 400.0, 4.0]))
 
 
-def test_picture_loss_is_fp32_whatever_comes_in(draws):
+def test_picture_losses_are_fp32_whatever_comes_in(draws):
     x0, _, predicted, sigma = draws
-    assert picture_loss(predicted.bfloat16(), x0, sigma, DELTA).dtype == torch.float32
+    assert loss_of(predicted.bfloat16(), x0, sigma).dtype == torch.float32
 
 
 def test_text_loss_of_uniform_logits_is_the_logarithm_of_the_vocabulary():
-    labels = torch.tensor([[1, IGNORE, 3], [IGNORE, IGNORE, 0]])
-    loss = text_loss(torch.zeros(2, 3, 7), labels, 3)
+    loss = text_loss(torch.zeros(3, 7), torch.tensor([1, 3, 0]), 3)
     assert loss.item() == pytest.approx(math.log(7))
 
 
 def test_unequal_shares_average_to_the_loss_of_the_whole_batch():
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(2, 3, 7, generator=generator)
-    labels = torch.tensor([[1, 2, 3], [IGNORE, IGNORE, 0]])
-    whole = text_loss(logits, labels, 4)
-    shares = [text_loss(logits[i : i + 1], labels[i : i + 1], 4 / 2) for i in range(2)]
+    logits, following = torch.randn(4, 7, generator=generator), torch.tensor([1, 2, 3, 0])
+    whole = text_loss(logits, following, 4)
+    shares = [text_loss(logits[part], following[part], 4 / 2) for part in (slice(3), slice(3, 4))]
     torch.testing.assert_close(sum(shares) / 2, whole)
 
 
 def test_without_labels_text_has_no_loss_and_no_nan():
-    assert text_loss(torch.zeros(1, 2, 7), torch.full((1, 2), IGNORE), 0).item() == 0
+    assert text_loss(torch.zeros(0, 7), torch.zeros(0, dtype=torch.long), 0).item() == 0
 
 
 def test_the_gradient_reaches_every_parameter(nano_tokenizer):
@@ -89,8 +102,7 @@ def test_the_gradient_reaches_every_parameter(nano_tokenizer):
         model = learner.build()
         torch.nn.init.normal_(model.model.final_layer2.linear.weight)  # it starts at zero
         batch = learner.make_batch(0)
-        labels = World().start_sum(batch.num_labels)
-        learner.losses(model, batch, labels).total.backward()
+        learner.losses(model, batch, World().start_sums(*batch.counts)).total.backward()
         silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
         if task == "edit":  # a picture with a reference uses every part of the model
             assert not silent
@@ -117,7 +129,7 @@ def test_the_gradient_of_a_perceptual_loss_reaches_the_model(nano_tokenizer):
         learner = learner_of(parse_recipe(plain | {"objective": weights}))
         model = learner.build()
         batch = learner.make_batch(0)
-        losses = learner.losses(model, batch, World().start_sum(batch.num_labels))
+        losses = learner.losses(model, batch, World().start_sums(*batch.counts))
         losses.total.backward()
         gradients.append(model.model.x_embedder.proj1.weight.grad)
         assert ("loss_dino_stand_in" in losses.parts) == (weight > 0)

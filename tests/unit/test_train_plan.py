@@ -11,6 +11,7 @@ from hidream.models.o1.config import O1_8B, O1_NANO
 from hidream.models.o1.model import O1
 from hidream.train import run
 from hidream.train.config import load_recipe, parse_recipe
+from hidream.train.data import num_words
 from hidream.train.draws import candidate, draw_sample
 from hidream.train.filter import Filter
 from hidream.train.o1 import O1Learner
@@ -78,12 +79,14 @@ def test_tokens_of_a_step_are_its_batchs_but_for_the_chats_own(task):
     chats = set()
     for size in (64, 96):
         stage = {"size": size, "steps": 1, "batch_size": 4, "learning_rate": 1, "tasks": {task: 1}}
-        changes = {"stages": [stage], "buckets": {task: [64]}}
+        changes = {"stages": [stage], "max_text": 64, "objective": {"caption_dropout": 0.0}}
         recipe = parse_recipe(load_recipe(SMALL).to_dict() | changes)
-        length = O1Learner(recipe).make_batch(0).batch.position_ids.shape[-1]
+        learner = O1Learner(recipe)
         planned, rest = divmod(plan(recipe).stages[0].tokens, 4)
         assert rest == 0
-        chats.add(length - planned)
+        for index, n in enumerate(learner.make_batch(0).batch.lengths):
+            sample = candidate(recipe, recipe.stages[0], task, index)
+            chats.add(n.total - num_words(learner.tokenizer, sample) - (planned - 64))
     (chat,) = chats  # as long at every size
     assert 0 < chat < 20
 

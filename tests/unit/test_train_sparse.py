@@ -13,9 +13,8 @@ from hidream.models.o1.batch import collate
 from hidream.models.o1.config import O1_TINY
 from hidream.models.o1.tokens import Tokenizer, encode
 from hidream.nn.attention import attention
-from hidream.nn.sparse import Blocks
 from hidream.train.config import load_recipe, parse_recipe
-from hidream.train.distributed import PendingSum
+from hidream.train.distributed import World
 from hidream.train.o1 import O1Learner
 from tests import tiny
 from tests.unit.test_sparse import PLACES, heads, masked
@@ -31,18 +30,23 @@ def recipe_of(**stage):
     return parse_recipe(plain | {"tokenizer": str(NANO), "precision": "float32"})
 
 
-def gradients_of(recipe, blocks=None):
-    """Loss and gradients of the first step of a random network; `blocks` in place of its own."""
+def gradients_of(recipe, num_kept=None):
+    """Loss and gradients of the first step of a random network; `num_kept` blocks are read."""
     learner = O1Learner(recipe)
     model = learner.build()
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():  # the head begins at zero
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
     batch = learner.make_batch(0)
-    if blocks is not None:
-        forward = model.forward
-        model.forward = lambda *inputs: forward(*inputs[:3], blocks)
-    losses = learner.losses(model, batch, PendingSum(torch.tensor(float(batch.num_labels)), None))
+    if num_kept is not None:
+        rows = [
+            replace(r, blocks=r.blocks and replace(r.blocks, num_kept=num_kept))
+            for r in batch.batch.packing.rows
+        ]
+        assert any(r.blocks for r in rows)
+        packing = replace(batch.batch.packing, rows=tuple(rows))
+        batch = replace(batch, batch=replace(batch.batch, packing=packing))
+    losses = learner.losses(model, batch, World().start_sums(*batch.counts))
     losses.total.backward()
     return losses.total.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -71,15 +75,13 @@ def test_training_computes_what_steps_compute(tmp_path):
         encode(tokenizer, O1_TINY, prompt, width=SIZE, height=SIZE, references=references)
         for prompt, references in (("red cube", []), ("make the cube blue", [tiny.picture(1)]))
     ]
-    longest = max(len(r.input_ids) for r in requests), max(len(r.references) for r in requests)
-    batch = collate(requests, num_text=longest[0] + 3, num_references=longest[1] + 2)
+    batch = collate(requests, 0.5)
     x_t = torch.randn(2, 144, 3 * O1_TINY.patch_size**2, generator=torch.Generator().manual_seed(2))
     sigma = torch.tensor(0.6)
-    blocks = Blocks.of((12, 12), 0.5)
     with torch.no_grad():
         steps = model.predict_x0(x_t, sigma, model.prefill(requests, sparsity=0.5))
         dense = model.predict_x0(x_t, sigma, model.prefill(requests))
-    trained = model(batch, x_t, sigma.expand(2), blocks).x0
+    trained = model(batch, x_t.flatten(0, 1), sigma.expand(2)).x0.view_as(steps)
     assert (trained - steps).abs().max() < 1e-5 * steps.abs().max()
     assert (trained - dense).abs().max() > 1e-3 * dense.abs().max()
 
@@ -89,8 +91,7 @@ def test_without_sparsity_and_with_all_blocks_kept_it_is_dense():
     loss, same = gradients_of(recipe_of(sparsity=0.0))
     assert torch.equal(loss, dense_loss)
     assert all(torch.equal(same[name], gradient) for name, gradient in dense.items())
-    whole = replace(Blocks.of((12, 12), 0.5), num_kept=2)
-    loss, same = gradients_of(recipe_of(), whole)
+    loss, same = gradients_of(recipe_of(sparsity=0.5), num_kept=2)
     assert abs(loss - dense_loss) < 1e-5 * dense_loss
     for name, gradient in dense.items():
         assert (same[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name

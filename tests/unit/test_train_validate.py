@@ -74,7 +74,7 @@ def test_a_run_validates_its_averages_and_tells_the_tracker(tmp_path, monkeypatc
         tmp_path,
         tokenizer=str(tiny_folder),
         report_to="wandb",
-        buckets={"text_to_image": [200]},
+        max_text=200,
         stages=[PLAIN["stages"][0] | {"size": 32, "steps": 3, "batch_size": 2}],
         validation=OPTIONS | {"scenes": 1},
     )

@@ -42,10 +42,10 @@ def short_scenes(category):
     return [item for item in items if len(item.panels) == SHORT[category]]
 
 
-def trained_on(stage_tasks, categories, **buckets):
+def trained_on(stage_tasks, categories, **changes):
     recipe = load_recipe(ROOT / "recipes/o1_nano.toml")
     stage = replace(recipe.stages[0], batch_size=4, tasks=stage_tasks, categories=categories)
-    return replace(recipe, stages=(stage,), buckets=replace(recipe.buckets, **buckets))
+    return replace(recipe, stages=(stage,), **changes)
 
 
 @pytest.mark.parametrize("grid", [grid for grid, _ in GRIDS])
@@ -200,8 +200,8 @@ def test_the_contact_sheets_are_the_documentation_s(name, sheet):
 def test_a_recipe_can_train_on_layouts_and_subjects():
     recipe = trained_on({"subject": 1.0}, {"layout": 0.8, "subjects": 0.2})
     batch = O1Learner(recipe).make_batch(0)
-    assert batch.task == "subject"
-    assert batch.x0.shape[0] == 4
+    assert batch.tasks == ("subject",) * 4
+    assert batch.batch.targets == [16] * 4
 
 
 def test_training_reads_a_layout_as_a_request_is_read():
@@ -231,10 +231,10 @@ def test_the_documented_recipe_trains_on_storyboards():
     told = tomllib.loads(block.text)
     (stage,) = told["stages"]
     assert set(stage["categories"]) > {"storyboards", "layout", "subjects"}
-    buckets = {name: tuple(lengths) for name, lengths in told["buckets"].items()}
-    recipe = trained_on({"text_to_image": 1.0}, {"storyboards": 1.0}, **buckets)
+    changes = {"max_text": told["max_text"]}
+    recipe = trained_on({"text_to_image": 1.0}, {"storyboards": 1.0}, **changes)
     batch = O1Learner(recipe).make_batch(0)
-    assert batch.x0.shape[0] == 4
+    assert batch.tasks == ("text_to_image",) * 4
     assert batch.redrawn == 0
 
 

@@ -224,5 +224,5 @@ def test_a_recipe_can_train_on_shots():
         categories={"shots": 0.5, "many_words": 0.25, "casual": 0.25},
     )
     batch = O1Learner(replace(recipe, stages=(stage,))).make_batch(0)
-    assert batch.task == "text_to_image"
-    assert batch.x0.shape[0] == 4
+    assert batch.tasks == ("text_to_image",) * 4
+    assert batch.batch.targets == [16] * 4

@@ -1,106 +1,95 @@
-"""Requests of different lengths as one padded batch with fixed shapes: what training runs on."""
+"""Samples of any tasks, sizes and lengths as one row of tokens: what training runs on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hidream.models.o1.tokens import Tokens
+from hidream.nn.packing import Packing, Segment, pack
+from hidream.nn.sparse import Blocks
 
-IGNORE = -100  # the label of a position that has no language-model loss
+
+class Lengths(NamedTuple):
+    """One sample's tokens by kind; with a target comes a timestep."""
+
+    text: int
+    target: int
+    references: int
+
+    @property
+    def total(self) -> int:
+        return self.text + (1 + self.target if self.target else 0) + self.references
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`[text, padded to a | timestep | n target patches | references, padded to r]`.
+    """`[all texts | all timesteps | all target patches | all reference patches]`, no padding.
 
-    `labels[i]` is the token that position i should say next, or IGNORE. `image_slots` are indices
-    into the flattened (b·a) text where the vision tower's tokens go, in order.
+    Within a kind, tokens stand sample by sample, as `lengths` says; `packing` tells attention which
+    are whose. `image_slots` are the text positions where the vision tower's tokens go, in order.
     """
 
-    input_ids: Int[Tensor, "b a"]
-    text_mask: Bool[Tensor, "b a"]
-    labels: Int[Tensor, "b a"]
-    position_ids: Int[Tensor, "3 b l"]
-    references: Float[Tensor, "b r p"]
-    reference_mask: Bool[Tensor, "b r"]
+    input_ids: Int[Tensor, " a"]
+    position_ids: Int[Tensor, "3 l"]
+    references: Float[Tensor, "r p"]
     pixel_values: Float[Tensor, "v c"] | None
     image_grids: tuple[tuple[int, int], ...]
     image_slots: Int[Tensor, " s"]
+    lengths: tuple[Lengths, ...]
+    packing: Packing
 
-    def attention_mask(self) -> Bool[Tensor, "b l l"]:
-        """True where a query may read a key: text reads earlier text, the rest reads everything."""
-        (b, a), length = self.input_ids.shape, self.position_ids.shape[-1]
-        num_between = length - a - self.references.shape[1]  # timestep and target
-        readable = torch.cat(
-            [self.text_mask, self.text_mask.new_ones(b, num_between), self.reference_mask], dim=1
-        )
-        order = torch.arange(length, device=readable.device)
-        may_look_ahead = (order[:, None] >= a) | (order[:, None] >= order)
-        return readable[:, None, :] & may_look_ahead
+    @property
+    def targets(self) -> list[int]:
+        """How many patches each sample's picture has, of those that have one."""
+        return [n.target for n in self.lengths if n.target]
 
     def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return Batch(**moved)
+        return Batch(**{**moved, "packing": self.packing.to(device)})
 
 
-def collate(
-    requests: Sequence[Tokens],
-    *,
-    num_text: int,
-    num_references: int = 0,
-    labels: Sequence[slice] | None = None,
-) -> Batch:
-    """Pad `requests` of one picture size to `num_text` text and `num_references` patch tokens.
-
-    `labels[i]`: the stretch of request i's text to be predicted (default: none of it).
-    Raises ValueError where a request does not fit.
-    """
-    num_target = requests[0].num_target
-    patch_dim = requests[0].references.shape[1]
-    size, length = len(requests), num_text + 1 + num_target + num_references
-    input_ids = torch.zeros(size, num_text, dtype=torch.long)
-    text_mask = torch.zeros(size, num_text, dtype=torch.bool)
-    targets = torch.full((size, num_text), IGNORE)
-    position_ids = torch.zeros(3, size, length, dtype=torch.long)
-    references = torch.zeros(size, num_references, patch_dim)
-    reference_mask = torch.zeros(size, num_references, dtype=torch.bool)
-    slots = []
-    for i, tokens in enumerate(requests):
-        a, r = len(tokens.input_ids), len(tokens.references)
-        if a > num_text or r > num_references or tokens.num_target != num_target:
-            raise ValueError(
-                f"request {i} has {a} text, {tokens.num_target} target and {r} reference tokens; "
-                f"the batch takes {num_text}, {num_target} and {num_references}"
-            )
-        input_ids[i, :a] = tokens.input_ids
-        text_mask[i, :a] = True
-        position_ids[:, i, :a] = tokens.position_ids[:, :a]
-        position_ids[:, i, num_text : num_text + 1 + num_target + r] = tokens.position_ids[:, a:]
-        references[i, :r] = tokens.references
-        reference_mask[i, :r] = True
-        slots.append(tokens.image_slots.nonzero()[:, 0] + i * num_text)
-        if labels is not None:
-            said = torch.arange(a)[labels[i]]
-            said = said[said > 0]  # nothing foretells token 0
-            targets[i, said - 1] = tokens.input_ids[said]
+def collate(requests: Sequence[Tokens], sparsity: float = 0.0) -> Batch:
+    """Pack `requests`, whatever they are. `sparsity` is the share of each target's own attention
+    that is skipped (see `hidream.nn.sparse`)."""
+    lengths = tuple(Lengths(len(r.input_ids), r.num_target, len(r.references)) for r in requests)
     pixels = [tokens.pixel_values for tokens in requests if tokens.image_grids]
+    segments, size = [], sum(n.total for n in lengths)
+    position_ids = torch.zeros(3, size, dtype=torch.long)
+    for tokens, (causal, others) in zip(requests, places(lengths), strict=True):
+        blocks = Blocks.of(tokens.grid, sparsity) if tokens.num_target else None
+        segments.append(Segment(causal, others, blocks))
+        count = len(causal) + len(others)  # text alone has the next token's position, too
+        position_ids[:, torch.cat([causal, others])] = tokens.position_ids[:, :count]
     return Batch(
-        input_ids=input_ids,
-        text_mask=text_mask,
-        labels=targets,
+        input_ids=torch.cat([tokens.input_ids for tokens in requests]),
         position_ids=position_ids,
-        references=references,
-        reference_mask=reference_mask,
+        references=torch.cat([tokens.references for tokens in requests]),
         pixel_values=torch.cat(pixels) if pixels else None,
         image_grids=tuple(grid for tokens in requests for grid in tokens.image_grids),
-        image_slots=torch.cat(slots),
+        image_slots=torch.cat([tokens.image_slots for tokens in requests]).nonzero()[:, 0],
+        lengths=lengths,
+        packing=pack(segments),
     )
+
+
+def places(
+    lengths: Sequence[Lengths],
+) -> list[tuple[Int[Tensor, " a"], Int[Tensor, " o"]]]:
+    """Where each sample's text and its other tokens are among those of all."""
+    counts = torch.tensor([[n.text, n.target > 0, n.target, n.references] for n in lengths])
+    ends = counts.T.flatten().cumsum(0).view(4, -1).T  # kind by kind
+    found = []
+    for row, end in zip(counts.tolist(), ends.tolist(), strict=True):
+        kinds = [torch.arange(e - n, e) for n, e in zip(row, end, strict=True)]
+        found.append((kinds[0], torch.cat(kinds[1:])))
+    return found

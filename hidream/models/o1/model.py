@@ -12,8 +12,8 @@
     └─────────── prefix, causal ───────┘└───────────── generated ──────────────┘
 
 The prefix depends on neither time nor noise nor any later token: `prefill` computes its keys and
-values once, and each denoising step (`velocity`) runs the generated tokens alone, without a mask.
-`forward` runs the whole sequence at once, with one: that is training, and language.
+values once, and each denoising step (`velocity`) runs the generated tokens alone.
+`forward` runs whole sequences at once, as many as there are, packed: that is training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hidream.errors import ModelError
@@ -44,10 +44,11 @@ CONSTANT = 1.25  # of a fresh patch token, as a root mean square over its channe
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `forward` returns: clean patches, and a logit for every next text token."""
+    """What `forward` returns: clean patches, and logits of the next text tokens, packed as the
+    batch is."""
 
-    x0: Float[Tensor, "b n p"] | None
-    logits: Float[Tensor, "b a vocab"] | None
+    x0: Float[Tensor, "n p"] | None
+    logits: Float[Tensor, "m vocab"] | None
 
 
 @dataclass(frozen=True)
@@ -121,71 +122,41 @@ class O1(nn.Module):
     def forward(
         self,
         batch: Batch,
-        x_t: Float[Tensor, "b n p"] | None = None,
-        sigma: Float[Tensor, " b"] | None = None,
-        blocks: Blocks | None = None,
+        x_t: Float[Tensor, "n p"] | None = None,
+        sigma: Float[Tensor, " s"] | None = None,
+        asked: Int[Tensor, " m"] | None = None,
     ) -> Prediction:
-        """The whole sequence with a dense mask. Without `x_t`, text alone: logits, no picture.
+        """All tokens of all samples at once.
 
-        With `blocks`, the target's patches read each other as steps with sparse attention do.
+        `x_t` are the target patches of those samples that have some, one after the other, and
+        `sigma` their noise levels; neither where none has. `asked`: of which text positions logits
+        are wanted, in place of all.
         """
-        uit, num_text = self.model, batch.input_ids.shape[1]
-        first = num_text + 1  # the timestep token stands before the target
+        if (x_t is None or sigma is None) and (batch.targets or x_t is not None):
+            raise ValueError("what is drawn needs x_t and its sigma")
+        uit = self.model
         hidden, vision = uit.language_model.embed_tokens(batch.input_ids), None
+        num_text = len(hidden)
         if batch.pixel_values is not None:
             vision = uit.visual(batch.pixel_values.to(hidden), list(batch.image_grids))
         hidden, deepstack = _place(hidden, batch.image_slots, vision)
-        if x_t is not None:
-            if sigma is None:
-                raise ValueError("x_t needs its sigma")
-            patches = x_t if blocks is None else x_t[:, blocks.order]
-            generated = [uit.t_embedder1(1 - sigma)[:, None], uit.x_embedder(patches)]
-            if batch.references.shape[1]:
-                generated.append(uit.x_embedder(batch.references))
-            hidden = torch.cat([hidden, *generated], dim=1)
-            after = hidden.shape[1] - num_text
+        if x_t is not None and sigma is not None:
+            generated = torch.cat([x_t.to(batch.references), batch.references])
+            time = uit.t_embedder1(1 - sigma)
+            hidden = torch.cat([hidden, time, uit.x_embedder(generated)])
+            after = len(hidden) - num_text
             deepstack = tuple(nn.functional.pad(d, (0, 0, 0, after)) for d in deepstack)
-        length = hidden.shape[1]
-        mask = batch.attention_mask()[:, :length, :length]
-
-        read = partial(attention, mask=mask, backend=self.attention_backend)
-        positions = batch.position_ids[..., :length]
-        if x_t is not None and blocks is not None:
-            read = partial(self._read_sparse, mask=mask, num_text=num_text, blocks=blocks)
-            target = positions[..., first : first + blocks.num_patches][..., blocks.order]
-            rest = positions[..., first + blocks.num_patches :]
-            positions = torch.cat([positions[..., :first], target, rest], dim=-1)
-        rope = uit.language_model.rope(positions)
+        rope = uit.language_model.rope(batch.position_ids)
+        read = partial(batch.packing.read, backend=self.attention_backend)
         hidden = uit.language_model(hidden, rope, lambda layer: read, deepstack)
         x0 = None
-        if x_t is not None:
-            x0 = uit.final_layer2(hidden[:, first : first + x_t.shape[1]])
-            x0 = x0 if blocks is None else x0[:, blocks.back]
-        logits = self.lm_head(hidden[:, :num_text]) if self.lm_head is not None else None
+        if x_t is not None and sigma is not None:
+            first = num_text + len(sigma)  # behind the timesteps
+            x0 = uit.final_layer2(hidden[first : first + len(x_t)])
+        logits = None
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden[:num_text] if asked is None else hidden[asked])
         return Prediction(x0, logits)
-
-    def _read_sparse(
-        self,
-        q: Float[Tensor, "b l h d"],
-        k: Float[Tensor, "b l g d"],
-        v: Float[Tensor, "b l g d"],
-        *,
-        mask: Bool[Tensor, "b l l"],
-        num_text: int,
-        blocks: Blocks,
-    ) -> Float[Tensor, "b l h d"]:
-        """Text reads by the mask; what is generated, row by row, without what the mask hides."""
-        backend = self.attention_backend
-        before = (q[:, :num_text], k, v)
-        text = attention(*before, mask=mask[:, :num_text], backend=backend)
-        generated = []
-        for i, readable in enumerate(mask[:, -1]):
-            keys, values = k[i : i + 1, readable], v[i : i + 1, readable]
-            first = int(readable[:num_text].sum()) + 1  # after the timestep
-            queries = q[i : i + 1, num_text:]
-            sparse = blocks.at(1, first)
-            generated.append(attention(queries, keys, values, sparse=sparse, backend=backend))
-        return torch.cat([text, torch.cat(generated)], dim=1)
 
     def embed_causal(
         self, requests: Sequence[Tokens], seen: VisionTokens | None = None
