@@ -88,7 +88,7 @@ def ours(recipe: Recipe, world: World) -> Step:
     trainee = Trainee(O1Learner(recipe, world), processes)
 
     def step(batch: TrainBatch, number: int) -> float:
-        values = trainee.backward(batch)
+        values = trainee.backward([batch])
         trainee.update(number, RATE)
         return float(values["loss"])
 

@@ -18,7 +18,7 @@ from hidream.train.config import Recipe, parse_recipe
 from hidream.train.distributed import World, join, leave
 from hidream.train.layout import Layout
 from hidream.train.learner import learner_of
-from hidream.train.loop import Trainee
+from hidream.train.loop import Trainee, make_parts
 from hidream.train.optim import learning_rate
 from hidream.train.parallel import Processes, checked_layout
 from hidream.train.sequence_parallel import split_sequence
@@ -87,9 +87,9 @@ def steps(trainee: Trainee, first: int, last: int) -> list[dict[str, float]]:
     recipe, world, layout = trainee.recipe, trainee.world, trainee.processes.layout
     found = []
     for step in range(first, last):
-        place = (step % NUM_BATCHES, layout.reader(world.rank), layout.num_readers)
-        batch = batch_of(trainee, *place)
-        values = trainee.backward(batch)
+        values = trainee.backward(
+            parts_of(trainee, layout.reader(world.rank), layout.num_readers, step % NUM_BATCHES)
+        )
         trainee.update(step, learning_rate(recipe.stages, step))
         names = ("loss", "grad_norm")
         totals = world.sum([float(values[name]) for name in names])
@@ -97,14 +97,16 @@ def steps(trainee: Trainee, first: int, last: int) -> list[dict[str, float]]:
     return found
 
 
-BATCHES: dict[tuple[int, int, int], Any] = {}
+PARTS: dict[tuple[Any, ...], Any] = {}
 
 
-def batch_of(trainee: Trainee, *place: int) -> Any:
-    """The batch of (step, reader, number of readers), made once."""
-    if place not in BATCHES:
-        BATCHES[place] = trainee.learner.make_batch(*place)
-    return BATCHES[place]
+def parts_of(trainee: Trainee, reader: int, num_readers: int, step: int) -> Any:
+    """The parts of a step, made once."""
+    recipe = trainee.recipe
+    key = (recipe.model, recipe.accumulate, reader, num_readers, step)
+    if key not in PARTS:
+        PARTS[key] = make_parts(trainee.learner, reader, num_readers, step)
+    return PARTS[key]
 
 
 def resharded(folder: Path, world: World) -> dict[str, list[dict[str, float]]]:
@@ -162,6 +164,31 @@ def kept(folder: Path, world: World) -> dict[str, int]:
     return different
 
 
+def i1_recipe(folder: Path, name: str, **changes: Any) -> Recipe:
+    """Steps of the I1 beside `folder`; how its experts are balanced depends on who has which."""
+    stage = STAGE | {"size": 64, "tasks": {"text_to_image": 1.0}}
+    more = {"model": "i1-tiny", "init": str(folder / "i1"), "stages": [stage], "vae": {}}
+    return recipe_of(folder / name, objective={"balance_weight": 0.0}, **more, **changes)
+
+
+def others(folder: Path, world: World) -> dict[str, Any]:
+    """Steps of an I1 whose weights are in shards, and of an O1 that gathers them in bf16."""
+    fsdp = {"shard": 0}
+    of_i1 = trainee_of(i1_recipe(folder, "i1, fsdp", parallel=fsdp), world)
+    recipe = recipe_of(folder / "bf16", parallel=fsdp, precision="bfloat16")
+    in_half, gathered = trainee_of(recipe, world), []
+    in_half.model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda block, _: gathered.append(str(block.mlp.up_proj.weight.dtype))
+    )
+    for trainee in (of_i1, in_half):
+        trainee.begin(False)
+    return {
+        "i1, fsdp": steps(of_i1, 0, 2),
+        "fsdp, bf16": steps(in_half, 0, 4),
+        "gathered": gathered,
+    }
+
+
 def drawn(folder: Path, world: World) -> dict[str, float]:
     """How far one denoising step of two requests, by a model in parts, is from the whole model's;
     two heads read each key. Tensor parallel keeps half of a prefix's keys in each process."""
@@ -210,6 +237,7 @@ def main(rank: int, size: int, store: str, folder: Path) -> None:
         found[name] = steps(trainee, 0, NUM_STEPS)
     if size == 2:
         found |= resharded(folder, world)
+        found |= others(folder, world)
         found["drawn"] = drawn(folder, world)
     else:
         found["kept"] = kept(folder, world)

@@ -178,7 +178,9 @@ class Recipe:
     from, none for a fresh start) are folders. `start` is a checkpoint of another run, whose step,
     weights, averages and optimizer this run goes on from; `first_step` counts the steps that are
     behind `init`, where they shall count. `parallel` "fsdp" shards weights, averages and optimizer
-    over the processes, "ddp" has them whole in each.
+    over the processes, "ddp" has them whole in each. A process computes its samples of a step in
+    `accumulate` parts, one after the other, and adds their gradients: the step is the same, and
+    needs the memory of a part. `max_text`: how many tokens the words of an O1's sample may have.
 
     `report_to` names one of `hidream.train.track.TRACKERS`, which gets the log's numbers too.
 
@@ -200,6 +202,7 @@ class Recipe:
     precision: str = "bfloat16"
     parallel: Parallel = field(default_factory=Parallel)
     compile: bool = False
+    accumulate: int = 1
     objective: Objective = field(default_factory=Objective)
     perceptual: Perceptual = field(default_factory=Perceptual)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -392,6 +395,7 @@ def _check(recipe: Recipe) -> None:
 
     require(recipe.max_text >= 1, f"max_text = {recipe.max_text} must be at least 1.")
     require(len(recipe.stages) > 0, "the recipe has no [[stages]].")
+    require(recipe.accumulate >= 1, f"accumulate = {recipe.accumulate} must be at least 1.")
     require(recipe.processes >= 1, f"processes = {recipe.processes} must be at least 1.")
     require(
         recipe.precision in PRECISIONS,
@@ -479,7 +483,8 @@ def _check(recipe: Recipe) -> None:
             )
     if recipe.processes > 1:  # else, the group that starts the run says how many there are
         layout = layout_of(recipe.parallel, recipe.processes)
-        check_batches(layout, {f"{where}.batch_size": s.batch_size for where, s in named})
+        sizes = {f"{where}.batch_size": stage.batch_size for where, stage in named}
+        check_batches(layout, sizes, recipe.accumulate)
 
 
 def _check_validation(recipe: Recipe) -> None:

@@ -247,6 +247,10 @@ class I1Learner(Learner):
     def blocks(self, model: I1) -> Sequence[nn.Module]:
         return model.blocks
 
+    def units(self, model: I1) -> Sequence[nn.Module]:
+        """Modulations of all blocks are computed before the first block."""
+        return [part for block in model.blocks for part in (block.adaLN_modulation, block)]
+
     def grid(self, model: I1, step: int) -> Image.Image:
         number, _ = self.recipe.locate(step - 1)
         size = self.recipe.stages[number].size

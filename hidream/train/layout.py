@@ -124,13 +124,15 @@ def layout_of(parallel: Parallel, num_processes: int) -> Layout:
     return found
 
 
-def check_batches(layout: Layout, batch_sizes: dict[str, int]) -> None:
-    """UsageError unless the samples of a step, whose number has this name, can be dealt evenly."""
+def check_batches(layout: Layout, batch_sizes: dict[str, int], parts: int = 1) -> None:
+    """UsageError unless the samples of a step, whose number has this name, can be dealt evenly to
+    the processes, each of which computes them in so many parts."""
     for name, size in batch_sizes.items():
-        if size % layout.num_readers:
+        if size % (layout.num_readers * parts):
+            times = f", times {parts} parts (accumulate)" if parts > 1 else ""
             raise UsageError(
                 f"{name} = {size} must be a multiple of the {layout.num_readers} processes that "
-                "have samples of their own (replicate × shard)."
+                f"have samples of their own (replicate × shard){times}."
             )
 
 

@@ -120,8 +120,13 @@ class Learner(ABC):
         return ()
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
-        """What is compiled, computed anew and sharded one by one."""
+        """What is compiled and computed anew one by one."""
         return ()
+
+    def units(self, model: Any) -> Sequence[nn.Module]:
+        """What is sharded one by one: the blocks, and before a block such parts of it as are
+        called by themselves."""
+        return self.blocks(model)
 
     def decoder_sizes(self) -> tuple[int, int, int] | None:
         """Heads, key heads and inner size of the part that tensor and sequence parallel divide."""

@@ -7,13 +7,15 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hidream.errors import UsageError
 from hidream.train import checkpoint
@@ -88,18 +90,18 @@ def train(
         message = _beginning(recipe, trainee.model, begun_at, layout)
         log.write({"step": begun_at.step, "message": message})
     steps = range(begun_at.step, recipe.num_steps)
-    reader, num_readers = layout.reader(world.rank), layout.num_readers
-    make = partial(learner.make_batch, rank=reader, world=num_readers)
+    make = partial(make_parts, learner, layout.reader(world.rank), layout.num_readers)
     batches = Prefetcher(make, steps, ahead=recipe.prefetch)
     speed = matrix_rate(recipe.device, recipe.precision)
     meter = Meter(bounded=not trainee.scaler.is_enabled(), rate=speed)
     try:
-        for step, batch in zip(steps, meter.waiting(batches), strict=True):
+        for step, parts in zip(steps, meter.waiting(batches), strict=True):
             stops = world.start_sums(stop_requested())
             rate = learning_rate(recipe.stages, step)
             number, _ = recipe.locate(step)
-            values = trainee.backward(batch)
-            meter.add(step, values, recipe.stages[number].batch_size, learner.flops(batch))
+            values = trainee.backward(parts)
+            flops = sum(map(learner.flops, parts))
+            meter.add(step, values, recipe.stages[number].batch_size, flops)
             if trainee.device.type == "cpu":
                 meter.check()  # before the weights change; on a GPU, where it waits, now and then
             trainee.update(step, rate)
@@ -129,6 +131,15 @@ def train(
         log.write({"step": recipe.num_steps, "message": f"done: {result}"})
     world.barrier()
     return True
+
+
+def make_parts(learner: Learner, reader: int, num_readers: int, step: int) -> list[StepBatch]:
+    """The parts of a step that one of those who have samples of their own computes."""
+    num_parts = learner.recipe.accumulate
+    world = num_readers * num_parts
+    return [
+        learner.make_batch(step, reader + part * num_readers, world) for part in range(num_parts)
+    ]
 
 
 class Trainee:
@@ -186,19 +197,29 @@ class Trainee:
         self.seconds, self.started = progress.seconds, time.monotonic()
         return progress
 
-    def backward(self, batch: StepBatch) -> dict[str, Any]:
-        """The gradient of a batch, clipped; returns the losses and what else is logged."""
-        sums = self.world.start_sums(*batch.counts, batch.corrupt)
+    def backward(self, parts: Sequence[StepBatch]) -> dict[str, Any]:
+        """The gradient of a step's parts, clipped; returns the losses and what else is logged.
+
+        A part's losses are as if each part had a process of its own.
+        """
+        counts = (sum(of_one) for of_one in zip(*(part.counts for part in parts), strict=True))
+        sums = self.world.start_sums(*counts, sum(part.corrupt for part in parts))
+        sums = replace(sums, num_processes=self.world.size * len(parts))
         self.model.zero_grad(set_to_none=True)
-        losses = self.learner.losses(self.model, batch.to(self.device), sums)
-        self.scaler.scale(losses.total).backward()
+        logged: dict[str, list[Tensor]] = defaultdict(list)
+        for part in parts:
+            losses = self.learner.losses(self.model, part.to(self.device), sums)
+            self.scaler.scale(losses.total / len(parts)).backward()
+            for name, value in (("loss", losses.total.detach()), *losses.parts.items()):
+                logged[name].append(value)
         self.processes.finish_gradients(self.model, self.learner)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         shares = self.world if self.sharded else None
         norm = clip_gradients(self.parameters, self.recipe.optimizer.clip, shares)
-        counts = {"redrawn": batch.redrawn, "corrupt": sums.wait()[-1]}
-        return {"loss": losses.total.detach(), **losses.parts, "grad_norm": norm, **counts}
+        means = {name: sum(values) / len(values) for name, values in logged.items()}
+        redrawn, corrupt = sum(part.redrawn for part in parts), sums.wait()[-1]
+        return {**means, "grad_norm": norm, "redrawn": redrawn, "corrupt": corrupt}
 
     def update(self, step: int, rate: float) -> None:
         """Weights and averages after step `step`."""

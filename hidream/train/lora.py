@@ -138,6 +138,9 @@ class LoraLearner(Learner):
     def blocks(self, model: Adapters) -> Sequence[nn.Module]:
         return self.inner.blocks(model.network)
 
+    def units(self, model: Adapters) -> Sequence[nn.Module]:
+        return self.inner.units(model.network)
+
     def describe(self) -> None:
         self.inner.describe()
 

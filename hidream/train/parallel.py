@@ -26,7 +26,7 @@ def checked_layout(recipe: Recipe, world: World) -> Layout:
     """The layout of the recipe's run in `world`; UsageError where it does not fit its batches."""
     layout = layout_of(recipe.parallel, world.size)
     sizes = {f"stages.{i}.batch_size": stage.batch_size for i, stage in enumerate(recipe.stages)}
-    check_batches(layout, sizes)
+    check_batches(layout, sizes, recipe.accumulate)
     return layout
 
 
@@ -133,7 +133,8 @@ class Processes:
     def _fully_shard(self, model: nn.Module, learner: Learner) -> None:
         if self.layout.shard > 1:
             names = ("replicate", "shard") if self.layout.replicate > 1 else "shard"
-            shard(model, learner.blocks(model), self.mesh[names])
+            dtype = getattr(torch, learner.recipe.precision)
+            shard(model, learner.units(model), self.mesh[names], dtype)
 
     def finish_gradients(self, model: nn.Module, learner: Learner) -> None:
         """After a backward pass: what the pass itself did not add up over the processes."""

@@ -9,22 +9,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
-    """Keep a share of every parameter in each process; `blocks` are gathered one by one.
+def shard(
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Keep a share of every parameter in each process; `units` are gathered one by one.
 
-    A mesh of two dimensions shards over the second, and averages over the first.
+    A mesh of two dimensions shards over the second, and averages over the first. Shares are fp32,
+    and so are gradients while they are added up; what is gathered is `dtype`.
     """
     # That a result must not be changed in place: none is.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ from tests.train_processes import (
     CASES,
     HALF,
     NUM_STEPS,
-    batch_of,
     draw_coarsely,
+    i1_recipe,
+    parts_of,
     recipe_of,
     steps,
     trainee_of,
@@ -39,8 +40,9 @@ CLOSE = {"loss": 1e-6, "grad_norm": 5e-6}  # relative, at every step, in fp32
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, tiny_i1_folder):
     root = tmp_path_factory.mktemp("processes")
+    (root / "i1").symlink_to(tiny_i1_folder)
     build_tokenizer(root / "tokenizer", num_texts=200)
     return root
 
@@ -101,6 +103,30 @@ def test_two_processes_are_one(pair, name):
     both, alone = pair
     assert alone[0] != alone[-1]
     assert_as_one(both[name], alone)
+
+
+def test_an_i1_in_shards_is_one(pair, folder):
+    both, _ = pair
+    trainee = trainee_of(i1_recipe(folder, "i1"), World())
+    trainee.begin(False)
+    assert_as_one(both["i1, fsdp"], steps(trainee, 0, 2))
+
+
+def test_weights_in_shards_are_gathered_in_the_runs_precision(pair, folder):
+    """And not quite the same: norms' weights are rounded, too."""
+    both, exact = pair
+    assert both["gathered"] == ["torch.bfloat16"] * 4
+    alone, _ = trained(folder, 0, 4, precision="bfloat16")
+    for ours, one, in_fp32 in zip(both["fsdp, bf16"], alone, exact, strict=False):
+        assert ours["loss"] == pytest.approx(one["loss"], rel=5e-3)
+        assert ours["loss"] != in_fp32["loss"]
+
+
+def test_a_step_in_parts_is_the_step(pair, folder):
+    _, alone = pair
+    for parts in (2, 4):
+        found, _ = trained(folder, 0, 5, accumulate=parts)
+        assert_as_one(found, alone[:5])
 
 
 @pytest.mark.parametrize("name", ["fsdp of whole", "tp of shards"])
@@ -178,7 +204,7 @@ def flops_and_gradients(folder, how):
     )
     trainee.begin(False)
     with FlopCounterMode(display=False) as counter:
-        losses = trainee.backward(batch_of(trainee, 0, 0, 1))
+        losses = trainee.backward(parts_of(trainee, 0, 1, 0))
     return counter.get_total_flops(), losses, [p.grad for p in trainee.parameters]
 
 
@@ -245,6 +271,8 @@ def test_those_that_share_tokens_or_matrices_read_the_same_samples():
     assert [layout.reader(rank) for rank in range(16)] == [r for r in range(4) for _ in range(4)]
     with pytest.raises(UsageError, match="batch_size = 6 must be a multiple of the 4"):
         check_batches(layout, {"stages.0.batch_size": 6})
+    with pytest.raises(UsageError, match=r"batch_size = 4 .*, times 2 parts \(accumulate\)"):
+        check_batches(layout, {"stages.0.batch_size": 4}, 2)
 
 
 def test_heads_must_be_divisible():
