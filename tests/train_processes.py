@@ -40,7 +40,7 @@ STAGE = {
     "batch_size": 4,
     "learning_rate": 1e-3,
     "warmup": 5,
-    "tasks": {"text_to_image": 0.5, "edit": 0.5},
+    "tasks": {"text_to_image": 0.4, "edit": 0.3, "language": 0.1, "understanding": 0.2},
 }
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {

@@ -52,6 +52,9 @@ def attention(
         return _math(q, k, v, mask, bias, causal)
     if backend not in ("auto", "sdpa"):
         raise ValueError(f'unknown attention backend "{backend}"; use auto, sdpa or math')
+    if mask is not None and q.is_cuda and q.shape[2] != k.shape[2]:
+        # of the fused kernels those that take a mask take no groups
+        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, heads, tokens, d)
     added = bias.to(q.dtype)[None, None, None] if bias is not None else None
     out = F.scaled_dot_product_attention(

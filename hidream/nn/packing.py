@@ -50,12 +50,12 @@ class Segment:
 class Rows:
     """Samples that are read together: `index`, the places of their tokens.
 
-    Without a `mask` no row is padded, and the first `num_causal` of each are causal; `mask` is True
+    Either the first `num_causal` of every row are causal, and no row is padded; or a `mask` is True
     where a query may read a key.
     """
 
     index: Int[Tensor, "b l"]
-    num_causal: int
+    num_causal: int | None = None
     mask: Bool[Tensor, "b l l"] | None = None
     blocks: Blocks | None = None
 
@@ -67,9 +67,9 @@ class Rows:
         backend: Backend,
     ) -> Float[Tensor, "b l h d"]:
         """What every query of these rows reads."""
-        if self.mask is not None:
-            return attention(q, k, v, mask=self.mask, backend=backend)
         a = self.num_causal
+        if a is None:
+            return attention(q, k, v, mask=self.mask, backend=backend)
         causal = attention(q[:, :a], k[:, :a], v[:, :a], causal=True, backend=backend)
         if a == q.shape[1]:
             return causal
@@ -85,6 +85,7 @@ class Packing:
     rows: tuple[Rows, ...]
     back: Int[Tensor, " l"]
 
+    @torch.compiler.disable  # else all around it is compiled for every number of rows
     def read(
         self,
         q: Float[Tensor, "l h d"],
@@ -95,21 +96,24 @@ class Packing:
         """What every query reads of its own sample."""
         read = []
         for rows in self.rows:
-            q_rows, k_rows, v_rows = (t[rows.index] for t in (q, k, v))
+            flat, shape = rows.index.flatten(), rows.index.shape
+            q_rows, k_rows, v_rows = (
+                t.index_select(0, flat).unflatten(0, shape) for t in (q, k, v)
+            )
             read.append(rows.read(q_rows, k_rows, v_rows, backend).flatten(0, 1))
-        return torch.cat(read)[self.back]
+        return torch.cat(read).index_select(0, self.back)
 
     def to(self, device: torch.device | str) -> Packing:
         """The same on another device."""
         rows = tuple(
             replace(
                 r,
-                index=r.index.to(device),
-                mask=None if r.mask is None else r.mask.to(device),
+                index=r.index.to(device, non_blocking=True),
+                mask=None if r.mask is None else r.mask.to(device, non_blocking=True),
             )
             for r in self.rows
         )
-        return Packing(rows, self.back.to(device))
+        return Packing(rows, self.back.to(device, non_blocking=True))
 
 
 def pack(segments: Sequence[Segment]) -> Packing:
@@ -138,8 +142,10 @@ def pack(segments: Sequence[Segment]) -> Packing:
         back[index[real]] = first + real.flatten().nonzero()[:, 0]
         first += real.numel()
         causal = {len(segment.causal) for segment in group}
-        mask = None if len(causal) == 1 and real.all() else _mask(group, real)
-        rows.append(Rows(index, min(causal), mask, group[0].blocks))
+        if len(causal) == 1 and real.all():
+            rows.append(Rows(index, causal.pop(), blocks=group[0].blocks))
+        else:
+            rows.append(Rows(index, mask=_mask(group, real)))
     return Packing(tuple(rows), back)
 
 

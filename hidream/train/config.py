@@ -27,6 +27,10 @@ SQUARE = tuple(name for name in CATEGORIES if name != "storyboards")
 OF_WORDS = tuple(name for name in SQUARE if name not in ("edits", *SUBJECTS))
 
 
+#: Keys of earlier recipes, and what there is in their place.
+GONE = {"buckets": "samples are packed, and max_text says how long their words may be"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One resolution of the progressive run.
@@ -304,8 +308,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """A checked recipe from plain values; raises UsageError naming the key that is wrong."""
-    if isinstance(data, dict) and isinstance(data.get("parallel"), str):
-        data = data | {"parallel": dataclasses.asdict(Parallel.named(data["parallel"]))}
+    if isinstance(data, dict):
+        for key in GONE.keys() & data.keys():
+            raise UsageError(f"{key} is no longer part of a recipe: {GONE[key]}.", "Remove it.")
+        if isinstance(data.get("parallel"), str):
+            data = data | {"parallel": dataclasses.asdict(Parallel.named(data["parallel"]))}
     recipe = _build(Recipe, data, "")
     for number, stage in enumerate(recipe.stages):
         where, changes = f"stages.{number}.objective", stage.objective
@@ -314,6 +321,11 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
         check_objective(recipe.objective_of(number), where if changes else "objective")
     _check(recipe)
     return recipe
+
+
+def past_recipe(data: dict[str, Any]) -> Recipe:
+    """The recipe that a checkpoint holds, which may be older than this code."""
+    return parse_recipe({key: value for key, value in data.items() if key not in GONE})
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -481,6 +493,12 @@ def _check(recipe: Recipe) -> None:
                 not required or sum(weights.values()) > 0,
                 f"{where}.{table} names nothing with a weight.",
             )
+    for number, stage in enumerate(recipe.stages):
+        spoken = [task for task in ("language", "understanding") if stage.tasks.get(task, 0) > 0]
+        require(
+            not spoken or recipe.objective_of(number).lm_weight > 0,
+            f"stages.{number}.tasks has {' and '.join(spoken)}: its lm_weight must be above 0.",
+        )
     if recipe.processes > 1:  # else, the group that starts the run says how many there are
         layout = layout_of(recipe.parallel, recipe.processes)
         sizes = {f"{where}.batch_size": stage.batch_size for where, stage in named}

@@ -46,10 +46,10 @@ REFERRING = ("edit", "subject", "understanding")  # whose samples have reference
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One process's share of a step: samples of any tasks, sizes and lengths, packed.
+    """One process's share of a step, or a part of it: samples of any tasks and sizes, packed.
 
     Of those with a picture to draw, one after the other: `x0` and `noise` of their patches, their
-    `sigma`, `grids` of patches, and `places`, where in its picture LPIPS looks; `levels` are the
+    `sigma`, `grids` of patches, and `crops`, where in its picture LPIPS looks; `levels` are the
     sigmas of all processes' such samples. `shares`: how many of all processes' samples are of each
     task. `said`: the text positions with a loss, by `SAID`. `redrawn`: samples of the world that
     were too long and were replaced; `corrupt`: pictures that could not be read, and were.
@@ -62,7 +62,7 @@ class TrainBatch:
     noise: Float[Tensor, "n p"]
     sigma: Float[Tensor, " s"]
     grids: tuple[tuple[int, int], ...]
-    places: Float[Tensor, "s 2"]
+    crops: Float[Tensor, "s 2"]
     levels: Float[Tensor, " m"]
     shares: dict[str, float]
     said: dict[str, Int[Tensor, " _"]]
@@ -82,30 +82,34 @@ class TrainBatch:
     @property
     def sigma_of_patches(self) -> Float[Tensor, " n"]:
         """The noise level of each patch's picture."""
-        targets = torch.tensor(self.batch.targets, dtype=torch.long, device=self.sigma.device)
-        return self.sigma.repeat_interleave(targets)
+        each = zip(self.sigma, self.batch.targets, strict=True)
+        return torch.cat([self.sigma[:0], *(sigma.expand(count) for sigma, count in each)])
 
     @property
-    def sees(self) -> bool:
+    def may_see(self) -> bool:
         """Whether any process's samples may have reference pictures."""
         return any(task in self.shares for task in REFERRING)
 
     def to(self, device: torch.device | str) -> TrainBatch:
         """The same on another device."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return replace(
             self,
             batch=self.batch.to(device),
-            x0=self.x0.to(device),
-            noise=self.noise.to(device),
-            sigma=self.sigma.to(device),
-            places=self.places.to(device),
-            levels=self.levels.to(device),
-            said={name: positions.to(device) for name, positions in self.said.items()},
+            x0=moved(self.x0),
+            noise=moved(self.noise),
+            sigma=moved(self.sigma),
+            crops=moved(self.crops),
+            levels=moved(self.levels),
+            said={name: moved(positions) for name, positions in self.said.items()},
         )
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _Found:
     """A sample, the size of its picture, and what it took to find it."""
 
     task: str
@@ -138,20 +142,20 @@ def make_batch(
         for d, index in zip(drawn, own, strict=True)
     ]
     batch = collate([tokens for tokens, _ in encoded], stage.sparsity)
-    patches, noise = [torch.zeros(0, config.patch_dim)], [torch.zeros(0, config.patch_dim)]
+    nothing = torch.zeros(0, config.patch_dim)
+    patches, noise, crops = [nothing], [nothing], [torch.zeros(0, 2)]
     for d, index in zip(drawn, own, strict=True):
         if d.task not in TEXT_TASKS:
             picture = to_tensor(Image.fromarray(d.sample.target(*d.size)))
             patches.append(patchify(picture[None], config.patch_size)[0])
             noise.append(draw_noise(recipe.seed, index, tuple(patches[-1].shape)))
+            crops.append(draw_place(recipe.seed, index)[None])
     tasks = [draw_task(recipe, stage, first + i) for i in range(stage.batch_size)]
     pictured = torch.tensor([task not in TEXT_TASKS for task in tasks])
     sizes = _sizes(stage, number, first, tasks, data)
     levels = noise_levels(
         recipe, stage.batch_size, step, [w * h // config.patch_size**2 for w, h in sizes]
     )
-    said = _said(encoded, drawn)
-    places = torch.stack([draw_place(recipe.seed, index) for index in own])
     return TrainBatch(
         tasks=tuple(d.task for d in drawn),
         objective=recipe.objective,
@@ -160,10 +164,10 @@ def make_batch(
         noise=torch.cat(noise),
         sigma=levels[rank::world][pictured[rank::world]],
         grids=tuple(tokens.grid for tokens, _ in encoded if tokens.num_target),
-        places=places[pictured[rank::world]],
+        crops=torch.cat(crops),
         levels=levels[pictured],
         shares={task: count / len(tasks) for task, count in sorted(Counter(tasks).items())},
-        said=said,
+        said=_said(encoded, drawn),
         redrawn=sum(d.redrawn for d in drawn),
         corrupt=sum(d.corrupt for d in drawn),
     )
@@ -179,15 +183,14 @@ def _sizes(
 
 
 def _said(
-    encoded: Sequence[tuple[Tokens, slice]], drawn: Sequence[_Drawn]
+    encoded: Sequence[tuple[Tokens, slice]], drawn: Sequence[_Found]
 ) -> dict[str, Int[Tensor, " _"]]:
     """See `TrainBatch.said`."""
     found: dict[str, list[Tensor]] = {name: [torch.zeros(0, dtype=torch.long)] for name in SAID}
     first = 0
     for (tokens, labels), d in zip(encoded, drawn, strict=True):
-        positions = torch.arange(len(tokens.input_ids))[labels]
-        positions = positions[positions > 0] - 1  # nothing foretells token 0
-        found[d.task if d.task in TEXT_TASKS else "caption"].append(first + positions)
+        positions = torch.arange(len(tokens.input_ids))[labels]  # never the first: chats begin so
+        found[d.task if d.task in TEXT_TASKS else "caption"].append(first + positions - 1)
         first += len(tokens.input_ids)
     return {name: torch.cat(positions) for name, positions in found.items()}
 
@@ -199,18 +202,18 @@ def _draw(
     number: int,
     index: int,
     data: TrainingData | None,
-) -> _Drawn:
+) -> _Found:
     """Sample `index` of the run."""
     task = draw_task(recipe, stage, index)
     if data is not None and not data.from_world(index):
         sample, corrupt = data.sample(number, task, index)
-        return _Drawn(task, sample, sample.size, corrupt=corrupt)
+        return _Found(task, sample, sample.size, corrupt=corrupt)
     return _draw_world(recipe, tokenizer, stage, task, index)
 
 
 def _draw_world(
     recipe: Recipe, tokenizer: Tokenizer, stage: Stage, task: str, index: int
-) -> _Drawn:
+) -> _Found:
     """The world's sample `index`, or its first replacement that the stage's filter admits and whose
     words are no more than `max_text`."""
     too_long = 0
@@ -219,7 +222,7 @@ def _draw_world(
         if not stage.filter.admits(sample.prompt):
             continue
         if num_words(tokenizer, sample) <= recipe.max_text:
-            return _Drawn(task, sample, (stage.size, stage.size), redrawn=too_long)
+            return _Found(task, sample, (stage.size, stage.size), redrawn=too_long)
         too_long += 1
     raise ModelError(
         f"no sample of task {task} passes the stage's filter and has at most max_text = "

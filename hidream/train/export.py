@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hidream.errors import HidreamError
 from hidream.train import checkpoint
-from hidream.train.config import parse_recipe
+from hidream.train.config import past_recipe
 
 
 def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None) -> Path:
@@ -24,7 +24,7 @@ def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None) ->
     folder = checkpoint.latest(run_dir)
     if step is not None:
         folder = checkpoint.folder_of(run_dir, step)
-    recipe = replace(parse_recipe(checkpoint.read_progress(folder).recipe), out=str(run_dir))
+    recipe = replace(past_recipe(checkpoint.read_progress(folder).recipe), out=str(run_dir))
     learner = learner_of(recipe)
     model = learner.build()
     checkpoint.load_ema(folder, model)

@@ -67,8 +67,9 @@ class Layout:
 
     @property
     def num_shards(self) -> int:
-        """Into how many parts FSDP2 cuts what tensor parallel leaves: who shares tokens, too."""
-        return self.shard * self.sp
+        """Into how many parts FSDP2 cuts what tensor parallel leaves: if at all, over those who
+        share tokens, too."""
+        return self.shard * self.sp if self.shard > 1 else 1
 
     @property
     def num_readers(self) -> int:
@@ -128,11 +129,12 @@ def check_batches(layout: Layout, batch_sizes: dict[str, int], parts: int = 1) -
     """UsageError unless the samples of a step, whose number has this name, can be dealt evenly to
     the processes, each of which computes them in so many parts."""
     for name, size in batch_sizes.items():
-        if size % (layout.num_readers * parts):
-            times = f", times {parts} parts (accumulate)" if parts > 1 else ""
+        each = layout.num_readers * parts
+        if size % each:
             raise UsageError(
-                f"{name} = {size} must be a multiple of the {layout.num_readers} processes that "
-                f"have samples of their own (replicate × shard){times}."
+                f"{name} = {size} must be a multiple of {each}: {layout.num_readers} processes "
+                f"that have samples of their own (replicate × shard), in {parts} parts each "
+                "(accumulate)."
             )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hidream.errors import UsageError
 from hidream.train import checkpoint
 from hidream.train.checkpoint import Progress
-from hidream.train.config import Recipe, parse_recipe
+from hidream.train.config import Recipe, past_recipe
 from hidream.train.distributed import World
 from hidream.train.layout import Layout
 from hidream.train.learner import Learner, StepBatch, learner_of
@@ -306,7 +306,7 @@ def _beginning(recipe: Recipe, model: nn.Module, progress: Progress, layout: Lay
 
 def _check_same_recipe(recipe: Recipe, progress: Progress) -> None:
     """Continuing with another recipe is allowed, and said; sizes of steps already done are not."""
-    now, before = recipe.to_dict(), parse_recipe(progress.recipe).to_dict()
+    now, before = recipe.to_dict(), past_recipe(progress.recipe).to_dict()
     changed = [key for key in now if now[key] != before[key]]
     if changed:
         logger.warning("resumed with a changed recipe: %s", ", ".join(sorted(changed)))

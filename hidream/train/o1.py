@@ -118,16 +118,15 @@ class O1Learner(Learner):
             )
             total = total + losses.sum() / len(batch.tasks)
             parts |= _by_task(losses.detach(), batch.tasks)
-            for name, (weight, loss) in self._perceptual(
-                prediction.x0, batch, sums.num_processes
-            ).items():
-                total = total + batch.pictured * weight * loss
-                parts[name] = loss.detach()
+            times = len(batch.levels) / len(batch.tasks)  # a sum's part in the mean over samples
+            for name, (weight, loss) in self._perceptual(prediction.x0, batch).items():
+                total = total + times * weight * loss
+                parts[name] = loss.detach() * (times / batch.pictured)
         if prediction.logits is not None:
             for name, (weight, loss) in _text_losses(prediction.logits, batch, sums).items():
                 total = total + weight * loss
                 parts[name] = loss.detach()
-        if batch.sees and batch.batch.pixel_values is None:  # all references were dropped here
+        if batch.may_see and batch.batch.pixel_values is None:  # all references were dropped here
             tower = model.model.visual.parameters()  # others have gradients there: so must this one
             total = total + 0 * torch.stack([p.sum() for p in tower]).sum()
         return Losses(total, parts)
@@ -143,9 +142,7 @@ class O1Learner(Learner):
         )
         return o1_step(self.config or model_config(self.recipe), tokens)
 
-    def _perceptual(
-        self, predicted: Tensor, batch: TrainBatch, num_processes: int
-    ) -> dict[str, tuple[float, Tensor]]:
+    def _perceptual(self, predicted: Tensor, batch: TrainBatch) -> dict[str, tuple[float, Tensor]]:
         """See `PerceptualLosses`; by their names in the log."""
         found: dict[str, tuple[float, Tensor]] = {}
         if self.perceptual is None or not batch.objective.perceptual:
@@ -158,9 +155,9 @@ class O1Learner(Learner):
                 unpatchify(torch.stack([patches[i] for i in own]), grid, patch_size)
                 for patches in pictures
             )
+            sigma, crops = (torch.stack([t[i] for i in own]) for t in (batch.sigma, batch.crops))
             for name, weight, loss in self.perceptual(
-                *(ours, theirs, batch.sigma[own], batch.places[own]),
-                *(batch.objective, batch.levels, num_processes),
+                *(ours, theirs, sigma, crops, batch.objective, batch.levels)
             ):
                 found[name] = (weight, found[name][1] + loss if name in found else loss)
         return found
@@ -227,8 +224,9 @@ def _text_losses(
 def _by_task(losses: Float[Tensor, " s"], tasks: Sequence[str]) -> dict[str, Tensor]:
     """The mean loss of each task's pictures, which come in the order of `tasks`."""
     drawn = [task for task in tasks if task not in TEXT_TASKS]
+    each = list(zip(drawn, losses, strict=True))
     return {
-        f"loss_{task}": losses[[i for i, other in enumerate(drawn) if other == task]].mean()
+        f"loss_{task}": torch.stack([loss for other, loss in each if other == task]).mean()
         for task in sorted(set(drawn))
     }
 
@@ -326,5 +324,5 @@ def _backend(recipe: Recipe) -> Backend:
     if recipe.device != "cpu" or recipe.precision == "float32":
         return "auto"  # measured in fp32 on a CPU: as fast at 16 patches, 1.3 times at 128
     patch = SIZES[recipe.model].patch_size if recipe.model in SIZES else 16
-    longest = max(recipe.max_text + 32 + 2 * (stage.size // patch) ** 2 for stage in recipe.stages)
+    longest = max(96 + 2 * (stage.size // patch) ** 2 for stage in recipe.stages)
     return "math" if longest < 2 * MATH_ATTENTION_BELOW else "auto"

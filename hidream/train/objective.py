@@ -39,7 +39,7 @@ class Objective:
     tokens (`SHIFTS`). `noise_scale` multiplies the noise.
 
     `delta` bounds the weight 1/sigma^2 from above; `t_power` weights an error by t^t_power besides
-    (see `losses.picture_loss`), and so makes it smaller beside those of text; `lm_weight` scales
+    (see `losses.picture_losses`), and so makes it smaller beside those of text; `lm_weight` scales
     the cross-entropy of answers and `caption_weight` that of the captions inside picture samples.
     `lpips_weight` and `dino_weight` scale the perceptual losses (0: none is computed), in which
     samples count whose t is at least `lpips_onset` and `dino_onset`.

@@ -59,9 +59,8 @@ class Processes:
         """How weights lie: `replicate` · `shard` · `tp`. Those that share tokens have the same
         weights, and their part in averaging or sharding them."""
         layout = self.layout
-        shape = (layout.replicate, layout.num_shards, layout.tp)
-        if layout.shard == 1:
-            shape = (layout.replicate * layout.sp, 1, layout.tp)
+        num_copies = layout.num_processes // (layout.num_shards * layout.tp)
+        shape = (num_copies, layout.num_shards, layout.tp)
         return init_device_mesh(
             self._device_type, shape, mesh_dim_names=("replicate", "shard", "tp")
         )

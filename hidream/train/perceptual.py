@@ -49,13 +49,12 @@ class PerceptualLosses:
         places: Float[Tensor, "b 2"],
         objective: Objective,
         levels: Float[Tensor, " n"],
-        num_processes: int = 1,
     ) -> list[tuple[str, float, Tensor]]:
         """(name in the log, weight, loss) of each that has a weight.
 
-        `places` in 0 … 1 say where LPIPS's square lies. The mean is taken over those samples of
-        all processes that count, whose sigmas are `levels`: a process has its share, times their
-        number, so that the mean of the processes is the mean over the samples.
+        `places` in 0 … 1 say where LPIPS's square lies. A loss is the sum over these samples, over
+        the number of all processes' that count, whose sigmas are `levels`: sums over the processes
+        are means over the samples.
         """
         t = 1 - sigma
         found = []
@@ -66,7 +65,7 @@ class PerceptualLosses:
             if weight == 0 or distance is None:
                 continue
             late = (t >= onset).nonzero()[:, 0]
-            count = (1 - levels >= onset).sum().clamp(min=1) / num_processes
+            count = (1 - levels >= onset).sum().clamp(min=1)
             loss = predicted.new_zeros(())
             if len(late):
                 a, b = predicted[late].float(), x0[late].float()

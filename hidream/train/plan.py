@@ -90,7 +90,7 @@ def plan(recipe: Recipe) -> Plan:
     trained = inner + decayed + kept
     states = STATES[0] * (decayed + kept) + STATES[1] * inner
     weights, gradients, optimizer = (
-        -(-FP32 * n // layout.shard) for n in (num_values, trained, states)
+        -(-FP32 * n // layout.num_shards) for n in (num_values, trained, states)
     )
     return Plan(
         name=recipe.name,

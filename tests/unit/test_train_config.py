@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hidream.errors import InputError, UsageError
-from hidream.train.config import load_recipe, parse_recipe
+from hidream.train.config import load_recipe, parse_recipe, past_recipe
 
 STAGE = {"size": 32, "steps": 6, "batch_size": 4, "learning_rate": 1e-3}
 PLAIN = {
@@ -50,7 +50,7 @@ def test_overrides_reach_into_tables_and_lists():
         ("seed=many", "seed = 'many' is not a int"),
         ("compile=1", "compile = 1 is not a bool"),
         ("processes=0", "must be at least 1"),
-        ("stages.0.batch_size=7", "multiple of the 2 processes"),
+        ("stages.0.batch_size=7", "multiple of 2: 2 processes"),
         ("stages.0.warmup=100000", "must fit into"),
         ("max_text=0", "max_text = 0 must be at least 1"),
         ("precision=float8", "bfloat16"),
@@ -101,6 +101,10 @@ def test_the_loras_recipe_asks_for_pictures():
 
 
 def test_a_recipe_from_before_loras_and_datasets_still_loads():
+    text = {"text_to_image": [8]}
+    with pytest.raises(UsageError, match=r"buckets is no longer part of a recipe: .* max_text"):
+        parse_recipe(parse_recipe(PLAIN).to_dict() | {"buckets": text})
+    assert past_recipe(parse_recipe(PLAIN).to_dict() | {"buckets": text}) == parse_recipe(PLAIN)
     older = {k: v for k, v in parse_recipe(PLAIN).to_dict().items() if k not in ("lora", "data")}
     assert parse_recipe(older) == parse_recipe(PLAIN)
 

@@ -12,6 +12,7 @@ from hidream.train.draws import draw_task
 from hidream.train.o1 import model_config
 from hidream.train.prefetch import Prefetcher
 from hidream.world import tasks
+from tests import tiny
 
 TASKS = tasks.TASKS
 
@@ -87,7 +88,7 @@ def test_processes_share_the_samples_of_one(tokenizer, tasks):
     whole = batch_of(recipe, tokenizer, 2)
     shares = [batch_of(recipe, tokenizer, 2, rank, 2) for rank in range(2)]
     for rank, share in enumerate(shares):
-        assert (share.shares, share.sees) == (whole.shares, whole.sees)
+        assert (share.shares, share.may_see) == (whole.shares, whole.may_see)
         assert torch.equal(share.levels, whole.levels)
         for one, other in zip(samples_of(share), samples_of(whole)[rank::2], strict=True):
             for a, b in zip(one, other, strict=True):
@@ -97,11 +98,29 @@ def test_processes_share_the_samples_of_one(tokenizer, tasks):
 
 
 def test_nothing_is_padded(tokenizer):
-    recipe = recipe_of()
-    batch = batch_of(recipe, tokenizer, 3)
-    lengths = batch.batch.lengths
-    assert batch.batch.position_ids.shape[1] == sum(n.total for n in lengths)
-    assert len({n.total for n in lengths}) > 4
+    """The decoder computes the samples' tokens and no others."""
+    batch, model, seen = batch_of(recipe_of(), tokenizer, 3), tiny.random_o1(), []
+    model.model.language_model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(batch.batch, batch.x0, batch.sigma)
+    totals = [n.total for n in batch.batch.lengths]
+    assert seen[0].shape[:-1] == (sum(totals),)
+    assert len(set(totals)) > 4
+
+
+def test_moving_a_batch_moves_all_of_it(tokenizer):
+    moved = batch_of(recipe_of(), tokenizer, 0).to("meta")
+    rows = moved.batch.packing.rows
+    assert any(row.mask is not None for row in rows)
+    parts = [
+        vars(moved),
+        moved.said,
+        vars(moved.batch),
+        vars(moved.batch.packing),
+        *map(vars, rows),
+    ]
+    tensors = [value for part in parts for value in part.values() if torch.is_tensor(value)]
+    assert len(tensors) > 14
+    assert all(tensor.is_meta for tensor in tensors)
 
 
 def test_tasks_come_in_the_proportions_of_the_recipe():
@@ -173,7 +192,7 @@ def test_a_dropped_caption_is_the_unconditional_one_and_carries_no_loss(tokenize
     recipe = recipe_of(tasks=["edit"], objective={"caption_dropout": 1.0, "reference_dropout": 1.0})
     batch = batch_of(recipe, tokenizer, 0)
     assert not any(n.references for n in batch.batch.lengths)
-    assert batch.sees
+    assert batch.may_see
     plain = encode(tokenizer, model_config(recipe), " ", width=32, height=32).input_ids
     assert torch.equal(batch.batch.input_ids[: len(plain)], plain)
 

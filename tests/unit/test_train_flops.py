@@ -62,7 +62,7 @@ def step_of(batch, x0, sigma):
         noise=x0,
         sigma=sigma,
         grids=((2, 2),) * len(sigma),
-        places=torch.zeros(len(sigma), 2),
+        crops=torch.zeros(len(sigma), 2),
         levels=sigma,
         shares={"edit": 1.0},
         said={"caption": torch.arange(len(batch.input_ids))},

@@ -1,6 +1,7 @@
 """The objective against its closed forms, and that its gradient reaches every parameter."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from hidream.sampling import add_noise, to_velocity
 from hidream.train.config import parse_recipe
 from hidream.train.losses import picture_losses, text_loss, velocity_weight
+from hidream.world.tasks import TASKS
 
 DELTA = 0.05
 
@@ -108,6 +110,48 @@ def test_the_gradient_reaches_every_parameter(nano_tokenizer):
             assert not silent
         missing = silent if missing is None else missing & silent
     assert not missing
+
+
+def test_gradients_of_shares_average_to_those_of_the_whole(nano_tokenizer):
+    """Whoever has which sample: text alone, pictures with references and without, dropped ones."""
+    from hidream.train.distributed import World
+    from hidream.train.learner import learner_of
+
+    stage = {"size": 32, "steps": 9, "batch_size": 8, "learning_rate": 1e-3}
+    recipe = parse_recipe(
+        {
+            "name": "tiny",
+            "model": "o1-tiny",
+            "tokenizer": nano_tokenizer,
+            "precision": "float32",
+            "stages": [stage | {"tasks": dict.fromkeys(TASKS, 1.0)}],
+            "objective": {"caption_dropout": 0.5, "reference_dropout": 0.4, "dino_weight": 1.0},
+            "perceptual": {"network": "stand-in"},
+        }
+    )
+    learner = learner_of(recipe)
+    model = learner.build()
+    torch.nn.init.normal_(model.model.final_layer2.linear.weight, std=0.02)
+
+    def gradients(num_shares):
+        shares = [learner.make_batch(2, rank, num_shares) for rank in range(num_shares)]
+        counts = [sum(of_one) for of_one in zip(*(s.counts for s in shares), strict=True)]
+        sums = replace(World().start_sums(*counts), num_processes=num_shares)
+        model.zero_grad()
+        missing = []
+        for share in shares:
+            total = learner.losses(model, share, sums).total / num_shares
+            found = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+            missing.append({i for i, g in enumerate(found) if g is None})
+            for parameter, g in zip(model.parameters(), found, strict=True):
+                if g is not None:
+                    parameter.grad = g if parameter.grad is None else parameter.grad + g
+        assert all(of_one == missing[0] for of_one in missing)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    whole = gradients(1)
+    for num_shares in (2, 8):
+        assert (gradients(num_shares) - whole).norm() < 1e-5 * whole.norm()
 
 
 def test_the_gradient_of_a_perceptual_loss_reaches_the_model(nano_tokenizer):

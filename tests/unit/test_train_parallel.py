@@ -113,20 +113,19 @@ def test_an_i1_in_shards_is_one(pair, folder):
 
 
 def test_weights_in_shards_are_gathered_in_the_runs_precision(pair, folder):
-    """And not quite the same: norms' weights are rounded, too."""
     both, exact = pair
     assert both["gathered"] == ["torch.bfloat16"] * 4
     alone, _ = trained(folder, 0, 4, precision="bfloat16")
     for ours, one, in_fp32 in zip(both["fsdp, bf16"], alone, exact, strict=False):
         assert ours["loss"] == pytest.approx(one["loss"], rel=5e-3)
-        assert ours["loss"] != in_fp32["loss"]
+        assert abs(ours["loss"] - one["loss"]) < abs(ours["loss"] - in_fp32["loss"])
 
 
 def test_a_step_in_parts_is_the_step(pair, folder):
     _, alone = pair
     for parts in (2, 4):
-        found, _ = trained(folder, 0, 5, accumulate=parts)
-        assert_as_one(found, alone[:5])
+        in_parts, _ = trained(folder, 0, 5, accumulate=parts)
+        assert_as_one(in_parts, alone[:5])
 
 
 @pytest.mark.parametrize("name", ["fsdp of whole", "tp of shards"])
@@ -269,9 +268,9 @@ def test_the_numbers_come_out_at_the_processes():
 def test_those_that_share_tokens_or_matrices_read_the_same_samples():
     layout = Layout(replicate=2, shard=2, sp=2, tp=2)
     assert [layout.reader(rank) for rank in range(16)] == [r for r in range(4) for _ in range(4)]
-    with pytest.raises(UsageError, match="batch_size = 6 must be a multiple of the 4"):
+    with pytest.raises(UsageError, match="batch_size = 6 must be a multiple of 4: 4 processes"):
         check_batches(layout, {"stages.0.batch_size": 6})
-    with pytest.raises(UsageError, match=r"batch_size = 4 .*, times 2 parts \(accumulate\)"):
+    with pytest.raises(UsageError, match=r"batch_size = 4 must be a multiple of 8: .* in 2 parts"):
         check_batches(layout, {"stages.0.batch_size": 4}, 2)
 
 

@@ -44,8 +44,8 @@ CONSTANT = 1.25  # of a fresh patch token, as a root mean square over its channe
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `forward` returns: clean patches, and logits of the next text tokens, packed as the
-    batch is."""
+    """What `forward` returns: clean patches, packed as the batch is, and logits of the tokens that
+    follow the text positions asked for."""
 
     x0: Float[Tensor, "n p"] | None
     logits: Float[Tensor, "m vocab"] | None
@@ -129,7 +129,7 @@ class O1(nn.Module):
         """All tokens of all samples at once.
 
         `x_t` are the target patches of those samples that have some, one after the other, and
-        `sigma` their noise levels; neither where none has. `asked`: of which text positions logits
+        `sigma` their noise levels; no `x_t` where none has. `asked`: of which text positions logits
         are wanted, in place of all.
         """
         if (x_t is None or sigma is None) and (batch.targets or x_t is not None):
@@ -355,19 +355,16 @@ class O1(nn.Module):
 
 
 def _place(
-    hidden: Float[Tensor, "*b l d"], slots: Int[Tensor, " v"], vision: VisionTokens | None
+    hidden: Float[Tensor, "a d"], slots: Int[Tensor, " v"], vision: VisionTokens | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Vision tokens take the placeholders' places; their deepstack companions start from zero.
-
-    `slots` are indices into the flattened text.
-    """
+    """Vision tokens take the placeholders' places, `slots`; their deepstack companions start from
+    zero."""
     if vision is None:
         return hidden, ()
-    flat = hidden.flatten(0, -2)
-    zero = torch.zeros_like(flat)
-    placed = flat.index_copy(0, slots, vision.tokens.to(flat.dtype))
-    deepstack = (zero.index_copy(0, slots, d.to(flat.dtype)) for d in vision.deepstack)
-    return placed.view_as(hidden), tuple(d.view_as(hidden) for d in deepstack)
+    zero = torch.zeros_like(hidden)
+    placed = hidden.index_copy(0, slots, vision.tokens.to(hidden.dtype))
+    deepstack = (zero.index_copy(0, slots, d.to(hidden.dtype)) for d in vision.deepstack)
+    return placed, tuple(deepstack)
 
 
 class UiT(nn.Module):
