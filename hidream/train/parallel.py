@@ -19,7 +19,7 @@ from hidream.train.layout import Layout, check_batches, check_heads, layout_of
 from hidream.train.learner import Learner
 from hidream.train.sharding import shard
 
-SHAPES_COMPILED_AT_MOST = 64
+MOST_COMPILED = 64  # kinds of steps, for each of which a block is compiled
 
 
 def checked_layout(recipe: Recipe, world: World) -> Layout:
@@ -112,8 +112,8 @@ class Processes:
         self._split_matrices(model, learner)
         recompute(blocks, recipe.parallel.activation_checkpointing)
         if recipe.compile:
-            torch._dynamo.config.recompile_limit = SHAPES_COMPILED_AT_MOST
-            torch._dynamo.config.accumulated_recompile_limit = 4 * SHAPES_COMPILED_AT_MOST
+            torch._dynamo.config.recompile_limit = MOST_COMPILED
+            torch._dynamo.config.accumulated_recompile_limit = 4 * MOST_COMPILED
             for block in blocks:
                 block.compile()
         self._fully_shard(model, learner)

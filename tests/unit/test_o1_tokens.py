@@ -1,4 +1,4 @@
-"""Requests as tokens: ids as in the whole rendered chat, positions, patches, padded batches."""
+"""Requests as tokens: ids as in the whole rendered chat, positions, patches, packed batches."""
 
 import json
 

@@ -22,7 +22,7 @@ Attend = Callable[[int], Read]
 class Decoder(nn.Module):
     """Embeddings, `num_layers` blocks and the final norm.
 
-    `forward` takes hidden states of any leading shape, `(b, l, d)` padded or `(l, d)` packed:
+    `forward` takes hidden states of any leading shape, a token a row or `(l, d)` packed:
     only `attend` looks across tokens.
     """
 
