@@ -38,29 +38,17 @@ SIDE = 256  # of the eight pictures; they are trained at 128
 NUM_WORLD = 60
 ELSEWHERE = ("single", "colors")
 SEED = 2**32 + 78  # of fresh scenes; training's seeds are below
-Look = tuple[str, float, float, float]  # of a rocket: colour, size, place
-EIGHT: tuple[tuple[str, str, tuple[Look, ...]], ...] = (  # caption, background; all ten colours
-    ("a large red rocket on grass", "grass", (("red", 0.43, 0.5, 0.5),)),
-    (
-        "a small blue rocket and a large orange rocket in the snow",
-        "snow",
-        (("blue", 0.22, 0.25, 0.625), ("orange", 0.43, 0.625, 0.5)),
-    ),
-    (
-        "a yellow rocket and a purple rocket in a studio",
-        "studio",
-        (("yellow", 0.31, 0.25, 0.5), ("purple", 0.31, 0.75, 0.625)),
-    ),
-    ("a photo of a green rocket on the beach", "beach", (("green", 0.31, 0.375, 0.5),)),
-    ("a large pink rocket on a wooden table", "wood", (("pink", 0.43, 0.625, 0.5),)),
-    (
-        "a large brown rocket and a small white rocket at night",
-        "night",
-        (("brown", 0.43, 0.625, 0.5), ("white", 0.22, 0.25, 0.5)),
-    ),
-    ("a photo of a white rocket at night", "night", (("white", 0.31, 0.5, 0.5),)),
-    ("a black rocket on grass", "grass", (("black", 0.31, 0.375, 0.375),)),
+EIGHT = (  # caption, colour, background, size, place
+    ("a red rocket on grass", "red", "grass", 0.43, 0.5, 0.5),
+    ("a large blue rocket in the snow", "blue", "snow", 0.43, 0.375, 0.625),
+    ("a yellow rocket in a studio", "yellow", "studio", 0.31, 0.625, 0.375),
+    ("a photo of a green rocket on the beach", "green", "beach", 0.31, 0.25, 0.5),
+    ("a large pink rocket on a wooden table", "pink", "wood", 0.43, 0.625, 0.5),
+    ("an orange rocket on the beach", "orange", "beach", 0.31, 0.75, 0.625),
+    ("a photo of a white rocket at night", "white", "night", 0.43, 0.5, 0.5),
+    ("a black rocket on grass", "black", "grass", 0.31, 0.375, 0.375),
 )
+UNSEEN = tuple(color for color in COLORS if color not in {row[1] for row in EIGHT})
 
 
 def draw_rocket(c: Canvas) -> None:
@@ -79,12 +67,11 @@ def write_pictures(folder: Path) -> list[Image.Image]:
     """The eight as a hobbyist has them: NAME.png and NAME.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for number, (caption, background, looks) in enumerate(EIGHT):
-        things = tuple(
-            Object(kind=ROCKET, color=color, size=size, x=x, y=y) for color, size, x, y in looks
+    for number, (caption, color, background, size, x, y) in enumerate(EIGHT):
+        thing = Object(kind=ROCKET, color=color, size=size, x=x, y=y)
+        made.append(
+            Image.fromarray(render(Scene(objects=(thing,), background=background), SIDE, SIDE))
         )
-        scene = Scene(objects=things, background=background)
-        made.append(Image.fromarray(render(scene, SIDE, SIDE)))
         made[-1].save(folder / f"rocket{number}.png")
         (folder / f"rocket{number}.txt").write_text(caption + "\n")
     return made
@@ -180,6 +167,8 @@ def _rockets(draw: Draw, folder: Path, name: str, what: str) -> dict[str, Any]:
     row, verdicts = count(items, made)
     rows = {what: row | {"ceiling": count(items, [_true(item) for item in items])[0]["accuracy"]}}
     if what == "rocket":
+        unseen = [i for i, s in enumerate(items) if s.scene.objects[0].color in UNSEEN]
+        rows["unseen_colors"], _ = count([items[i] for i in unseen], [made[i] for i in unseen])
         any_look = replace(items[0], claims=Claims(objects=(Claim(kind=ROCKET),)))
         rows["of_any_look"], _ = count([any_look] * num, made)
     sheet(made, [v.right for v in verdicts]).save(folder / f"{name}_{what}.png")
