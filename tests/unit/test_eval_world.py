@@ -49,21 +49,21 @@ def blank(requests):
 
 
 def test_a_model_that_draws_the_truth_reaches_the_ceiling(tmp_path):
-    pipe = oracle(11, 4)
-    results = world.run(pipe, num_scenes=4, seed=11, categories=CATEGORIES, out=tmp_path)
+    pipe = oracle(11, 2)
+    results = world.run(pipe, num_scenes=2, seed=11, categories=CATEGORIES, out=tmp_path)
     assert tuple(results["categories"]) == CATEGORIES
     for name, row in results["categories"].items():
-        assert row["n"] == 4
+        assert row["n"] == 2
         assert row["accuracy"] == row["ceiling"], name
         assert row["floor"] < row["accuracy"], name
         assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
-        assert len(list((tmp_path / name).glob("*.png"))) == 4
-        assert len((tmp_path / name / "verdicts.jsonl").read_text().splitlines()) == 4
+        assert len(list((tmp_path / name).glob("*.png"))) == 2
+        assert len((tmp_path / name / "verdicts.jsonl").read_text().splitlines()) == 2
         assert (tmp_path / f"{name}.png").is_file()
     change = results["categories"]["edits"]["outside_change"]
     assert change["model"] == change["ceiling"] == 0
     assert "outside_change" not in results["categories"]["single"]
-    assert pipe.num_requests == 4 * len(CATEGORIES) + 4  # and the edits' floor
+    assert pipe.num_requests == 2 * len(CATEGORIES) + 2  # and the edits' floor
     assert {"right_on_true", "wrong_on_damaged"} <= set(results["judge"])
 
 
