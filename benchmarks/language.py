@@ -2,7 +2,7 @@
 
 Fresh scenes of the world (evaluation seeds): perplexity of captions as text alone; perplexity of
 what is said of a picture that is seen; and how many of its questions (how many, what colour, what
-is left of it, where) a greedy answer gets right, word by word. Two minutes a model on one core.
+is left of it, where) a greedy answer gets right, word by word. Half a minute a model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import hidream
 from hidream.eval.statistics import wilson
 from hidream.models.o1.batch import collate
 from hidream.models.o1.tokens import encode_text
-from hidream.request import TextRequest
+from hidream.text_request import TextRequest
 from hidream.train.losses import text_loss
 from hidream.world.sample import Sample
 from hidream.world.tasks import eval_seed, sample
