@@ -17,7 +17,7 @@ from hidream.train.filter import Filter, check_filter
 from hidream.train.layout import Parallel, check_batches, check_parallel, layout_of
 from hidream.train.objective import Objective, Perceptual, check_objective
 from hidream.train.track import TRACKERS
-from hidream.world.tasks import CATEGORIES, SUBJECTS, TASKS
+from hidream.world.tasks import CATEGORIES, SUBJECTS, TASKS, TEXT_TASKS
 from hidream.world.text_to_image import PLANS
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -494,7 +494,7 @@ def _check(recipe: Recipe) -> None:
                 f"{where}.{table} names nothing with a weight.",
             )
     for number, stage in enumerate(recipe.stages):
-        spoken = [task for task in ("language", "understanding") if stage.tasks.get(task, 0) > 0]
+        spoken = [task for task in TEXT_TASKS if stage.tasks.get(task, 0) > 0]
         require(
             not spoken or recipe.objective_of(number).lm_weight > 0,
             f"stages.{number}.tasks has {' and '.join(spoken)}: its lm_weight must be above 0.",

@@ -37,9 +37,8 @@ from hidream.train.draws import (
     noise_levels,
 )
 from hidream.train.objective import Objective
-from hidream.world.tasks import Sample
+from hidream.world.tasks import TEXT_TASKS, Sample
 
-TEXT_TASKS = ("language", "understanding")
 SAID = ("caption", *TEXT_TASKS)  # what there is text of: captions of pictures, and text alone
 REFERRING = ("edit", "subject", "understanding")  # whose samples have reference pictures
 

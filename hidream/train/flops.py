@@ -11,12 +11,12 @@ frozen encoders and optimizers count nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from hidream.models.hidit.config import HiDiTConfig
 from hidream.models.hidit.pixels import first_width, prime_factors
 from hidream.models.i1.config import I1Config
+from hidream.models.o1.batch import Lengths
 from hidream.models.o1.config import O1Config, VisionConfig
 
 NUM_FREQUENCIES = 256  # sinusoids of the noise level, in every model
@@ -33,43 +33,35 @@ def attention(pairs: int, width: int) -> int:
     return 4 * pairs * width
 
 
-@dataclass(frozen=True, kw_only=True)
-class O1Tokens:
-    """What an O1 step computes on: for each sample its causal tokens, target patches (0: none) and
-    reference patches; the grids that the vision tower reads; and how many positions have a text
-    loss or are asked for logits."""
+def o1_step(
+    config: O1Config,
+    samples: Sequence[Lengths],
+    *,
+    vision_grids: Sequence[tuple[int, int]] = (),
+    num_logits: int = 0,
+) -> int:
+    """A step of O1: decoder, vision tower, embedders, both heads.
 
-    causal: Sequence[int]
-    targets: Sequence[int]
-    references: Sequence[int]
-    vision_grids: Sequence[tuple[int, int]] = ()
-    num_logits: int = 0
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sample, the timestep's included."""
-        samples = zip(self.causal, self.targets, self.references, strict=True)
-        return [c + (1 + t if t else 0) + r for c, t, r in samples]
-
-
-def o1_step(config: O1Config, tokens: O1Tokens) -> int:
-    """A step of O1: decoder, vision tower, embedders, both heads."""
+    `vision_grids` are those that the tower reads; `num_logits` counts the positions that have a
+    text loss or are asked for logits.
+    """
     text, size = config.text, config.text.hidden_size
-    lengths, targets = tokens.lengths, sum(tokens.targets)
+    lengths, targets = [n.total for n in samples], sum(n.target for n in samples)
     width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     layer = linear(sum(lengths), size, width + 2 * kv_width) + linear(sum(lengths), width, size)
     layer += 3 * linear(sum(lengths), size, text.intermediate_size)
     layer += attention(sum(n * n for n in lengths), width)
     total = INNER * text.num_layers * layer
-    total += INNER * linear(tokens.num_logits, size, text.vocab_size)
+    total += INNER * linear(num_logits, size, text.vocab_size)
     if targets:
-        patches, pictures = targets + sum(tokens.references), sum(t > 0 for t in tokens.targets)
+        patches = targets + sum(n.references for n in samples)
+        pictures = sum(n.target > 0 for n in samples)
         total += FIRST * linear(patches, config.patch_dim, config.bottleneck_dim)
         total += INNER * linear(patches, config.bottleneck_dim, size)
         total += INNER * linear(targets, size, config.patch_dim)
         total += FIRST * linear(pictures, NUM_FREQUENCIES, size)
         total += INNER * linear(pictures, size, size)
-    return total + _vision_step(config.vision, size, tokens.vision_grids)
+    return total + _vision_step(config.vision, size, vision_grids)
 
 
 def _vision_step(config: VisionConfig, out_size: int, grids: Iterable[tuple[int, int]]) -> int:

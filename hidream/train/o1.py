@@ -32,15 +32,16 @@ from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
 from hidream.sampling import add_noise
 from hidream.train.config import Recipe
-from hidream.train.data import SAID, TEXT_TASKS, TrainBatch, make_batch
+from hidream.train.data import SAID, TrainBatch, make_batch
 from hidream.train.datasets import TrainingData
 from hidream.train.distributed import PendingSums, World
 from hidream.train.export import put_in_place
-from hidream.train.flops import O1Tokens, o1_step
+from hidream.train.flops import o1_step
 from hidream.train.grids import PROMPTS, montage
 from hidream.train.learner import Learner, Losses
 from hidream.train.losses import picture_losses, text_loss
 from hidream.train.perceptual import PerceptualLosses
+from hidream.world.tasks import TEXT_TASKS
 
 PACKAGE = Path(__file__).parents[1]
 MATH_ATTENTION_BELOW = 200  # tokens; see hidream.nn.attention
@@ -132,15 +133,12 @@ class O1Learner(Learner):
         return Losses(total, parts)
 
     def flops(self, batch: TrainBatch) -> int:
-        lengths = batch.batch.lengths
-        tokens = O1Tokens(
-            causal=[n.text for n in lengths],
-            targets=[n.target for n in lengths],
-            references=[n.references for n in lengths],
+        return o1_step(
+            self.config or model_config(self.recipe),
+            batch.batch.lengths,
             vision_grids=batch.batch.image_grids,
             num_logits=sum(batch.counts),
         )
-        return o1_step(self.config or model_config(self.recipe), tokens)
 
     def _perceptual(self, predicted: Tensor, batch: TrainBatch) -> dict[str, tuple[float, Tensor]]:
         """See `PerceptualLosses`; by their names in the log."""

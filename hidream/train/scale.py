@@ -17,8 +17,9 @@ from math import prod
 from typing import Any
 
 from hidream.errors import UsageError
+from hidream.models.o1.batch import Lengths
 from hidream.models.o1.config import SIZES, O1Config
-from hidream.train.flops import O1Tokens, o1_step
+from hidream.train.flops import o1_step
 from hidream.train.layout import ACTIVATIONS, Layout, check_heads
 from hidream.train.scale_shapes import TP_DIMENSION, block_of, shapes
 
@@ -213,14 +214,9 @@ def _seconds(
         name: size / (work.near if reach[name] <= work.node else work.far)
         for name, size in sent.items()
     }
-    tokens = O1Tokens(
-        causal=[work.text] * work.samples,
-        targets=[work.target] * work.samples,
-        references=[work.references] * work.samples,
-        num_logits=work.text * work.samples,
-    )
-    flops = o1_step(config, tokens) / (layout.sp * layout.tp)
-    found["arithmetic"] = flops / (work.flops * work.mfu)
+    samples = [Lengths(work.text, work.target, work.references)] * work.samples
+    flops = o1_step(config, samples, num_logits=work.text * work.samples)
+    found["arithmetic"] = flops / (layout.sp * layout.tp) / (work.flops * work.mfu)
     found["exposed"] = sum(found.values())
     return found
 

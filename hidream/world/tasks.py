@@ -18,6 +18,7 @@ from hidream.world.subjects import subject
 from hidream.world.text_to_image import PLANS, text_to_image
 
 TASKS = ("text_to_image", "edit", "subject", "language", "understanding")
+TEXT_TASKS = ("language", "understanding")  # those that draw nothing
 CATEGORIES = (
     "single",
     "colors",
