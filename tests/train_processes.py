@@ -78,8 +78,11 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
 
 
 def trainee_of(recipe: Recipe, world: World) -> Trainee:
-    layout = checked_layout(recipe, world)
-    return Trainee(learner_of(recipe, world), Processes(layout, world))
+    learner = learner_of(recipe, world)
+    processes = Processes(checked_layout(recipe, world), world)
+    if processes.sharded and not world.main:
+        learner.build = None  # type: ignore[method-assign, assignment]  # the first process does
+    return Trainee(learner, processes)
 
 
 def steps(trainee: Trainee, first: int, last: int) -> list[dict[str, float]]:

@@ -151,8 +151,13 @@ class HiDiTLearner(Learner):
             model = HiDiT(self.config)
             model.init_weights(torch.Generator().manual_seed(self.recipe.seed))
         model.set_statistics(*self.stats)
-        model.requires_grad_(True).train()
-        freeze_pixels(model, self.options.ldm_only)
+        return self._to_train(model)
+
+    def network(self) -> HiDiT:
+        return self._to_train(HiDiT(self.config))
+
+    def _to_train(self, model: HiDiT) -> HiDiT:
+        freeze_pixels(model.requires_grad_(True).train(), self.options.ldm_only)
         return model
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> HiDiTBatch:

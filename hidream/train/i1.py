@@ -173,6 +173,9 @@ class I1Learner(Learner):
                 skew_gates(model, self.recipe.gate_skew)
         return model.requires_grad_(True).train()
 
+    def network(self) -> I1:
+        return I1(self.config).requires_grad_(True).train()
+
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> LatentBatch:
         recipe = self.recipe.at(step)
         number, _ = recipe.locate(step)

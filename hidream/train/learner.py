@@ -74,6 +74,15 @@ class Learner(ABC):
     def build(self) -> nn.Module:
         """The network, from the recipe's seed or from its `init`, in fp32 on the CPU."""
 
+    def network(self) -> nn.Module:
+        """What `build` builds, on torch's default device, its values left to others."""
+        raise NotImplementedError(f"a LoRA of {self.recipe.model} is not trained in shards")
+
+    def skeleton(self) -> nn.Module:
+        """The network without values, which takes no memory: on the meta device."""
+        with torch.device("meta"):
+            return self.network()
+
     @abstractmethod
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> StepBatch:
         """Process `rank`'s samples of a step: a pure function, called in a thread."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import platform
@@ -37,7 +36,7 @@ from hidream.train.parallel import Processes, check_divisible, checked_layout
 from hidream.train.prefetch import Prefetcher
 from hidream.train.rate import matrix_rate, slow_precision
 from hidream.train.saving import Saver
-from hidream.train.sharding import local, whole
+from hidream.train.sharding import gathered, local
 from hidream.train.validate import validate
 
 logger = logging.getLogger(__name__)
@@ -126,7 +125,7 @@ def train(
         batches.close()
     trainee.saver.wait()
     result = recipe.run_dir / learner.result
-    trainee.with_averages(lambda model: learner.export(model, result))
+    trainee.with_averages(lambda model: learner.export(model, result), torch.device("cpu"))
     if log is not None:
         log.write({"step": recipe.num_steps, "message": f"done: {result}"})
     world.barrier()
@@ -155,10 +154,7 @@ class Trainee:
         self.processes, self.world = processes, processes.world
         self.device = torch.device(recipe.device)
         self.sharded = processes.sharded
-        self.model = learner.build().to(self.device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        processes.apply(self.model, learner)
-        processes.shard(self.ema, learner)
+        self.model, self.ema = processes.spread(learner)
         self.optimizers = build_optimizers(self.model, recipe.optimizer, self.world)
         enabled = recipe.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
@@ -246,14 +242,18 @@ class Trainee:
         )
         self.saver.save(progress, self.model, self.ema, self.optimizers)
 
-    def with_averages(self, function: Callable[[nn.Module], object]) -> None:
-        """Have the first process call `function` with the averaged weights, whole."""
+    def with_averages(
+        self, function: Callable[[nn.Module], object], device: torch.device | None = None
+    ) -> None:
+        """Have the first process call `function` with the averaged weights, whole: those of a
+        model in shards on `device`, on the run's if not given."""
         model = self.ema
         if self.sharded:
-            tensors = {name: whole(tensor) for name, tensor in self.ema.state_dict().items()}
+            tensors = gathered(self.ema.state_dict(), keep=self.world.main)
             if self.world.main:
-                model = self.learner.build().to(self.device).requires_grad_(False)
-                model.load_state_dict(tensors)
+                model = self.learner.skeleton().requires_grad_(False)
+                model.load_state_dict(tensors, assign=True)
+                model.to(device or self.device)
         if self.world.main:
             function(model)
 

@@ -23,7 +23,7 @@ from hidream.models.o1.decoder import Decoder
 from hidream.models.o1.model import O1
 from hidream.models.o1.patches import unpatchify
 from hidream.models.o1.tokens import UNCONDITIONAL_PROMPT, Tokenizer, Tokens, encode
-from hidream.models.o1.weights import load_o1, save_o1
+from hidream.models.o1.weights import config_of, load_o1, save_o1
 from hidream.nn.attention import Backend
 from hidream.pipelines.base import Counter
 from hidream.pipelines.denoise import O1Job, denoise_batch
@@ -69,14 +69,20 @@ class O1Learner(Learner):
         recipe = self.recipe
         if recipe.init:
             model, _ = load_o1(_found(recipe.init), attention_backend=_backend(recipe))
-            model.requires_grad_(True).train()
         else:
             model = O1(model_config(recipe), _backend(recipe))
             model.init_weights(torch.Generator().manual_seed(recipe.seed))
-            model.train()
+        return self._to_train(model)
+
+    def network(self) -> O1:
+        init = self.recipe.init
+        config = config_of(open_folder(_found(init))) if init else model_config(self.recipe)
+        return self._to_train(O1(config, _backend(self.recipe)))
+
+    def _to_train(self, model: O1) -> O1:
         self.config = model.config
-        _check_sparsity(recipe, model.config)
-        return model
+        _check_sparsity(self.recipe, model.config)
+        return model.requires_grad_(True).train()
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> TrainBatch:
         config = self.config or model_config(self.recipe)

@@ -5,6 +5,7 @@ sequence parallel and tensor parallel → activation checkpointing → compile �
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 
 import torch
@@ -17,7 +18,7 @@ from hidream.train.config import Recipe
 from hidream.train.distributed import World
 from hidream.train.layout import Layout, check_batches, check_heads, layout_of
 from hidream.train.learner import Learner
-from hidream.train.sharding import shard
+from hidream.train.sharding import fill, shard
 
 MOST_COMPILED = 64  # kinds of steps, for each of which a block is compiled
 
@@ -99,6 +100,25 @@ class Processes:
             device=self.world.device,
             group=mesh.get_group(),
         )
+
+    def spread(self, learner: Learner) -> tuple[nn.Module, nn.Module]:
+        """What this process has of the learner's network at its beginning, and of its averages.
+
+        Of a network in shards, the first process alone ever holds the whole, on its CPU.
+        """
+        device = torch.device(learner.recipe.device)
+        if not self.sharded:
+            model = learner.build().to(device)
+            averages = copy.deepcopy(model).requires_grad_(False)
+            self.apply(model, learner)
+            return model, averages
+        values = learner.build().state_dict() if self.world.main else {}
+        model, averages = learner.skeleton(), learner.skeleton().requires_grad_(False)
+        self.apply(model, learner)
+        self.shard(averages, learner)
+        for part in (model, averages):
+            fill(part.to_empty(device=device), values)
+        return model, averages
 
     def apply(self, model: nn.Module, learner: Learner) -> None:
         """Make a whole model, the same in every process, this process's part of it."""

@@ -7,9 +7,10 @@ of processes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -37,6 +38,23 @@ def shard(
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+@torch.no_grad()
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a model in shards the first process's whole values, tensor by tensor; every process must
+    call it, the others with none."""
+    for name, own in model.state_dict().items():
+        if name in values:
+            value = values[name].to(own.device).contiguous()
+        else:
+            value = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+        dist.broadcast(value, 0)
+        if isinstance(own, DTensor):
+            value = distribute_tensor(
+                value, own.device_mesh, own.placements, src_data_rank=None
+            )  # each takes its share of what it has
+        own.copy_(value)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's share, which is all of a tensor that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -45,6 +63,17 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor from its shares; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """The tensors from their shares, on the CPU, if this process is to `keep` them; every process
+    must call it."""
+    found = {}
+    for name, tensor in tensors.items():
+        values = whole(tensor)
+        if keep:
+            found[name] = values.cpu()
+    return found
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ class VaeLearner(Learner):
     def build(self) -> nn.Module:
         return build_vae(self.recipe.vae, self.recipe.seed)
 
+    def network(self) -> nn.Module:
+        return self.build()
+
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> Pictures:
         recipe = self.recipe
         number, _ = recipe.locate(step)
