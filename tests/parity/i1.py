@@ -7,7 +7,8 @@ that of any block's tokens, over the largest value of the reference's.
 Routes are compared apart from values: where two experts' probabilities are closer than rounding,
 one network may pick the other one. `routes_equal` is the share of tokens that went the same way;
 `tie_rel` is the largest gap that a differing pick had, and values are compared with those tokens
-sent the reference's way.
+sent the reference's way. `tied` is the share of tokens whose last pick is no more than rounding
+above the next expert.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hidream.models.placement import empty_out
 from hidream.nn.moe import Router, Routing
 from tests.parity.i1_weights import random_state
 
+TIE = 1e-6  # of a probability: rounding, in fp32
 Change = Callable[[dict[str, Tensor]], None]
 
 
@@ -49,11 +51,12 @@ def _picked(state: dict[str, Tensor], rows: dict[int, float]) -> None:
                 tensor[row] = weight
 
 
-def _tied(state: dict[str, Tensor]) -> None:
+def _tied(state: dict[str, Tensor], gap: float = 0.0) -> None:
+    """Experts 1 and 2 alike in every gate: for many tokens, the last that is picked and the first
+    that is not."""
     for name, tensor in state.items():
         if name.endswith("gate.weight"):
-            tensor[1] = tensor[0]
-            tensor[3] = tensor[2] * (1 + 1e-7)
+            tensor[2] = tensor[1] * (1 + gap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ CASES: dict[str, Case] = {
         change=lambda state: _picked(state, {2: 1.0}),
     ),
     "ties": Case(height=10, change=_tied),
+    "near_ties": Case(height=10, change=lambda state: _tied(state, 1e-7)),
     "modulations_ahead": Case(height=10, cached=True),
 }
 GRADIENT_CASES: dict[str, Case] = {
@@ -214,7 +218,7 @@ class Routes:
     def __init__(self, theirs: nn.Module, ours: nn.Module, places: Places, num_blocks: int):
         self.places, self.num_blocks = places, num_blocks
         self.seen: list[Tensor] = []
-        self.num_calls = self.num_tokens = self.num_equal = 0
+        self.num_calls = self.num_tokens = self.num_equal = self.num_tied = 0
         self.gap = 0.0
         for module in theirs.modules():
             if isinstance(module, MoEGate):
@@ -235,9 +239,12 @@ class Routes:
         differ = (ours != theirs).any(dim=-1)
         self.num_tokens += len(differ)
         self.num_equal += int((~differ).sum())
+        p, num_picked = routing.probabilities, routing.experts.shape[1]
+        if num_picked < p.shape[1]:
+            ranked = p.sort(dim=-1, descending=True).values
+            self.num_tied += int((ranked[:, num_picked - 1] - ranked[:, num_picked] < TIE).sum())
         if not differ.any():
             return routing
-        p = routing.probabilities
         gap = p.gather(1, routing.experts).amin(1) - p.gather(1, theirs).amin(1)
         self.gap = max(self.gap, float(gap[differ].abs().max()))
         experts = torch.where(differ[:, None], theirs, routing.experts)
@@ -267,6 +274,7 @@ def run_case(name: str, case: Case, seed: int) -> dict[str, Any]:
     if case.config.num_experts:
         line["routes_equal"] = routes.num_equal / routes.num_tokens
         line["tie_rel"] = routes.gap
+        line["tied"] = routes.num_tied / routes.num_tokens
     return line
 
 

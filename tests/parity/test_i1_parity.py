@@ -18,7 +18,10 @@ def test_case(number, name):
     assert {
         key: value for key, value in line.items() if key.endswith("_rel") and value > BOUND
     } == {}
-    assert line.get("routes_equal", 1) > 0.99
+    if name in ("ties", "near_ties"):  # which of the two is picked is rounding's choice
+        assert line["tied"] > 0.1
+    else:
+        assert line.get("routes_equal", 1) > 0.99
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(i1.GRADIENT_CASES)))

@@ -4,7 +4,11 @@ That the network is the published one is tests/parity's business.
 """
 
 import math
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from hidream.models.loading import tensor_shapes
 from hidream.models.placement import empty_out
 from tests.tiny_i1 import TINIEST, features, latents, random_i1
 
+ROOT = Path(__file__).parents[2]
 SIGMAS = torch.tensor([1.0, 0.6, 0.25])
 
 
@@ -168,6 +173,24 @@ def test_fresh_weights_begin_at_zero():
     assert made.expert_loads.max() < 0.7
     made.velocity.sum().backward()
     assert model.final_layer.linear.bias.grad.any()
+
+
+def test_a_step_is_one_graph():
+    """Of a picture with padding; in a process of its own, whose annotations nobody checks."""
+    code = """
+        import torch
+        from tests.tiny_i1 import features, latents, random_i1
+
+        model, x_t, sigma = random_i1(), latents(12, 8), torch.tensor(0.6)
+        prefix = model.prefill(features(), sigmas=sigma[None], height=12, width=8)
+        step = torch.compile(model.step, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            found, _ = step(x_t, model.modulations_at(sigma, prefix), prefix)
+            torch.testing.assert_close(found, model.velocity(x_t, sigma, prefix))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_bf16_is_near_fp32(model):

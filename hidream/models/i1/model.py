@@ -301,13 +301,16 @@ class I1(nn.Module):
 
         `on_layer()` is called before every layer; what it raises ends the work.
         """
-        modulations, table = None, prefix.modulations
+        return self.step(x_t, self.modulations_at(sigma, prefix), prefix, on_layer)[0]
+
+    def modulations_at(self, sigma: Float[Tensor, "*b"], prefix: Prefix) -> Modulations:
+        """Those of a step: the prefix's own where it was prefilled with this sigma, which must lie
+        on the CPU to be looked up without waiting for a device."""
+        table = prefix.modulations
         if table is not None and sigma.ndim == 0 and float(sigma) in prefix.sigmas:
             index = prefix.sigmas.index(float(sigma))
-            modulations = table.map(lambda t: t[index])
-        if modulations is None:
-            modulations = self.modulations(sigma.to(prefix.pooled.device), prefix.pooled)
-        return self.step(x_t, modulations, prefix, on_layer)[0]
+            return table.map(lambda t: t[index])
+        return self.modulations(sigma.to(prefix.pooled.device), prefix.pooled)
 
     def step(
         self,
@@ -316,7 +319,10 @@ class I1(nn.Module):
         prefix: Prefix,
         on_layer: Callable[[], object] | None = None,
     ) -> tuple[Float[Tensor, "b c height width"], tuple[Routing, ...]]:
-        """The velocity, and where every block's router sent its tokens."""
+        """The velocity, and where every block's router sent its tokens.
+
+        A graph without breaks: `torch.compile(model.step, fullgraph=True)`.
+        """
         patches = self._patches(x_t.to(prefix.text.dtype))
         rows, columns = prefix.grid
         if (len(x_t), patches.shape[1]) != (len(prefix), rows * columns):
