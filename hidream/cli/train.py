@@ -35,9 +35,12 @@ def run(argv: list[str]) -> int:
 
     if arguments.dry_run:
         from hidream.train.config import load_recipe
+        from hidream.train.launch import check_files
         from hidream.train.plan import plan
 
-        sys.stdout.write(plan(load_recipe(arguments.words[0], arguments.words[1:])).told + "\n")
+        recipe = load_recipe(arguments.words[0], arguments.words[1:])
+        check_files(recipe)
+        sys.stdout.write(plan(recipe).told + "\n")
         return 0
     if console.in_group():
         from hidream.train.worker import run_launched as train

@@ -177,13 +177,15 @@ def latest(run_dir: Path, world: World | None = None) -> Path:
     """
     newest = current(run_dir)
     older = [folder_of(run_dir, step) for step in reversed(steps_of(run_dir))]
-    for folder in (newest, *(folder for folder in older if folder.name < newest.name)):
+    candidates = [newest, *(folder for folder in older if folder.name < newest.name)]
+    for number, folder in enumerate(candidates, 1):
         try:
             verify(folder, world)
             return folder
         except ModelError as error:
+            following = " The one before it is tried." if number < len(candidates) else ""
             if world is None or world.main:
-                logger.warning("%s The one before it is used.", error.problem)
+                logger.warning("%s%s", error.problem, following)
     raise ModelError(f"no checkpoint in {run_dir} is whole.", "Start anew, in another folder.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -13,19 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hidream.errors import InputError, UsageError
-from hidream.train.filter import Filter, check_filter
-from hidream.train.layout import Parallel, check_batches, check_parallel, layout_of
+from hidream.train.checks import check_recipe
+from hidream.train.filter import Filter
+from hidream.train.layout import Parallel
 from hidream.train.objective import Objective, Perceptual, check_objective
-from hidream.train.track import TRACKERS
-from hidream.world.tasks import CATEGORIES, SUBJECTS, TASKS, TEXT_TASKS
-from hidream.world.text_to_image import PLANS
-
-PRECISIONS = ("float32", "bfloat16", "float16")
-LORA_KEYS = ("diffusers", "comfyui")
-#: What validation draws: one square picture a scene.
-SQUARE = tuple(name for name in CATEGORIES if name != "storyboards")
-OF_WORDS = tuple(name for name in SQUARE if name not in ("edits", *SUBJECTS))
-
 
 #: Keys of earlier recipes, and what there is in their place.
 GONE = {"buckets": "samples are packed, and max_text says how long their words may be"}
@@ -145,7 +137,7 @@ class Lora:
     `alpha` over the rank scales the change (0: the rank, so the change itself). `targets`: names of
     layers, or how they end ("q_proj"); none means those of the family (see docs/lora.md). `keys`:
     whose names the file has, "diffusers" or "comfyui" (none: those of the family); `dtype`: its
-    numbers'.
+    numbers'. `frozen_dtype`: that of the model's own weights, which are not trained.
     """
 
     rank: int = 0
@@ -155,6 +147,7 @@ class Lora:
     dora: bool = False
     keys: str = ""
     dtype: str = "float32"
+    frozen_dtype: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +312,7 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
         typed = _build(Objective, changes, where)
         changes.update({key: getattr(typed, key) for key in changes})
         check_objective(recipe.objective_of(number), where if changes else "objective")
-    _check(recipe)
+    check_recipe(recipe)
     return recipe
 
 
@@ -393,138 +386,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {k: _value(arguments[1], v, _join(where, k)) for k, v in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UsageError(f"{where} = {value} must be a finite number.")
         return float(value)
     elif hint in (str, int, bool) and type(value) is hint:
         return value
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
     raise UsageError(f"{where} = {value!r} is not a {name}.")
-
-
-def _check(recipe: Recipe) -> None:
-    def require(holds: bool, problem: str) -> None:
-        if not holds:
-            raise UsageError(problem)
-
-    require(recipe.max_text >= 1, f"max_text = {recipe.max_text} must be at least 1.")
-    require(len(recipe.stages) > 0, "the recipe has no [[stages]].")
-    require(recipe.accumulate >= 1, f"accumulate = {recipe.accumulate} must be at least 1.")
-    require(recipe.processes >= 1, f"processes = {recipe.processes} must be at least 1.")
-    require(
-        recipe.precision in PRECISIONS,
-        f'precision = "{recipe.precision}" must be one of {", ".join(PRECISIONS)}.',
-    )
-    check_parallel(
-        recipe.parallel, muon=recipe.optimizer.muon > 0, float16=recipe.precision == "float16"
-    )
-    lora = recipe.lora
-    require(
-        lora.rank >= 0 and lora.alpha >= 0 and 0 <= lora.dropout < 1,
-        "lora.rank and lora.alpha must not be negative, and lora.dropout must lie in 0 … 1.",
-    )
-    require(
-        lora.keys in ("", *LORA_KEYS),
-        f'lora.keys = "{lora.keys}" must be one of {", ".join(LORA_KEYS)}.',
-    )
-    require(
-        lora.dtype in PRECISIONS,
-        f'lora.dtype = "{lora.dtype}" must be one of {", ".join(PRECISIONS)}.',
-    )
-    require(
-        lora.rank == 0 or not (recipe.parallel.shards_weights or recipe.parallel.sp > 1),
-        "a LoRA is trained with [parallel] replicate alone: what is frozen is whole everywhere.",
-    )
-    require(
-        lora.rank == 0 or bool(recipe.init),
-        "lora.rank needs the model that the LoRA is for: init = FOLDER.",
-    )
-    require(
-        0 <= recipe.data.world < 1,
-        f"data.world = {recipe.data.world} must be at least 0 and less than 1.",
-    )
-    require(
-        bool(recipe.data.path) or recipe.data.world == 0,
-        f"data.world = {recipe.data.world} is a share beside pictures of your own: name them, "
-        "data=FOLDER.",
-    )
-    require(
-        recipe.report_to in TRACKERS,
-        f'report_to = "{recipe.report_to}" must be one of {", ".join(TRACKERS)}.',
-    )
-    _check_validation(recipe)
-    require(0 <= recipe.seed < 2**31, f"seed = {recipe.seed} must lie in 0 … 2^31 - 1.")
-    named = [(f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)]
-    named += [(f"vae.stages.{i}", stage) for i, stage in enumerate(recipe.vae.stages)]
-    for where, stage in named:
-        require(stage.steps >= 1, f"{where}.steps = {stage.steps} must be at least 1.")
-        require(stage.size >= 1, f"{where}.size = {stage.size} must be positive.")
-        require(
-            stage.batch_size >= 1, f"{where}.batch_size = {stage.batch_size} must be at least 1."
-        )
-        require(stage.learning_rate > 0, f"{where}.learning_rate must be positive.")
-        check_filter(stage.filter, f"{where}.filter")
-        require(
-            0 <= stage.sparsity < 1, f"{where}.sparsity = {stage.sparsity} must lie in 0 … below 1."
-        )
-        require(
-            stage.sparsity == 0 or (recipe.family == "o1" and not recipe.compile),
-            f"{where}.sparsity = {stage.sparsity} goes with an O1 and compile = false.",
-        )
-        require(
-            stage.sparsity == 0 or recipe.parallel.sp == recipe.parallel.tp == 1,
-            f"{where}.sparsity = {stage.sparsity} goes with parallel.sp = 1 and parallel.tp = 1.",
-        )
-        require(
-            min(stage.warmup, stage.decay) >= 0 and stage.warmup + stage.decay <= stage.steps,
-            f"{where}: warmup + decay must fit into its {stage.steps} steps.",
-        )
-        require(
-            stage.tasks.get("subject", 0) > 0 or not any(map(stage.categories.get, SUBJECTS)),
-            f"{where}.categories names {' or '.join(SUBJECTS)}, but {where}.tasks no subject.",
-        )
-        for table, known in (("tasks", TASKS), ("categories", (*PLANS, *SUBJECTS))):
-            weights = getattr(stage, table)
-            for key, weight in weights.items():
-                if key not in known:
-                    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                    raise UsageError(f'unknown key "{where}.{table}.{key}"; did you mean "{near}"?')
-                require(weight >= 0, f"{where}.{table}.{key} = {weight} must not be negative.")
-            required = (table == "tasks" and recipe.family != "hidit") or weights
-            require(
-                not required or sum(weights.values()) > 0,
-                f"{where}.{table} names nothing with a weight.",
-            )
-    for number, stage in enumerate(recipe.stages):
-        spoken = [task for task in TEXT_TASKS if stage.tasks.get(task, 0) > 0]
-        require(
-            not spoken or recipe.objective_of(number).lm_weight > 0,
-            f"stages.{number}.tasks has {' and '.join(spoken)}: its lm_weight must be above 0.",
-        )
-    if recipe.processes > 1:  # else, the group that starts the run says how many there are
-        layout = layout_of(recipe.parallel, recipe.processes)
-        sizes = {f"{where}.batch_size": stage.batch_size for where, stage in named}
-        check_batches(layout, sizes, recipe.accumulate)
-
-
-def _check_validation(recipe: Recipe) -> None:
-    options = recipe.validation
-    if options.every == 0:
-        return
-    known = {"o1": SQUARE, "i1": OF_WORDS, "e1": ("edits",)}.get(recipe.family)
-    if known is None:
-        raise UsageError(
-            f"{recipe.model} draws no scenes of the world.", "Leave validation.every at 0."
-        )
-    if min(options.every, options.scenes, options.steps + 1) < 1:
-        raise UsageError(
-            f"validation.every = {options.every}, scenes = {options.scenes} and steps = "
-            f"{options.steps} must be positive; steps may be 0."
-        )
-    unknown = [name for name in options.categories if name not in known]
-    if unknown or not options.categories:
-        raise UsageError(
-            f"validation.categories = {list(options.categories)} must be some of "
-            f"{', '.join(known)}."
-        )
 
 
 def _join(where: str, key: str) -> str:

@@ -31,6 +31,7 @@ from hidream.pipelines.latent import LatentJob, denoise_latents
 from hidream.request import GenerateRequest, resolve
 from hidream.sampling import add_noise
 from hidream.train import encoders
+from hidream.train.checks import check_sizes
 from hidream.train.config import Recipe
 from hidream.train.datasets import Pictured, Size, TrainingData
 from hidream.train.distributed import PendingSums, World
@@ -162,6 +163,14 @@ class I1Learner(Learner):
         opened = TextEncoders.open(self.texts, device="cpu", dtype=torch.float32, max_kept=MAX_KEPT)
         opened.check(self.config)
         return opened
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        factor = 2 ** (len(recipe.vae.widths) - 1)
+        if (place := Path(recipe.init) / "vae").is_dir() and recipe.init:
+            config, _ = read_config(place)
+            factor = 2 ** (len(config["block_out_channels"]) - 1)
+        check_sizes(recipe, factor * model_config(recipe).patch_size)
 
     def build(self) -> I1:
         if self.recipe.init:

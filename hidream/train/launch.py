@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from hidream.errors import HidreamError, UsageError
+from hidream.errors import HidreamError, InputError, UsageError
 from hidream.train.config import Recipe, load_recipe
 from hidream.train.layout import layout_of
 from hidream.train.track import tracker
@@ -42,8 +42,7 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = (), resume: bool = F
             f'processes = {recipe.processes} needs device = "cpu".',
             "On GPUs, start them with torchrun: torchrun --nproc-per-node N -m hidream train ...",
         )
-    if recipe.data.path:
-        check_data(recipe)
+    check(recipe)
     layout = layout_of(recipe.parallel, recipe.processes)
     if max(layout.sp, layout.tp) > 1:
         from hidream.train.learner import learner_of
@@ -79,8 +78,37 @@ def refuse_second_run(recipe: Recipe, resume: bool) -> None:
 
 def write_recipe(recipe: Recipe) -> None:
     """Note the recipe in the run's folder."""
-    recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    (recipe.run_dir / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1))
+    try:
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        (recipe.run_dir / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1))
+    except OSError as error:
+        raise InputError(
+            f"the run's folder {recipe.run_dir} cannot be written: {error.strerror}.",
+            "Give another one: out=FOLDER.",
+        ) from error
+
+
+def check(recipe: Recipe) -> None:
+    """What a recipe can be told before any process starts: whether its device is here, and all
+    that `check_files` says."""
+    from hidream.pipelines.devices import find_device
+
+    try:
+        find_device(recipe.device)
+    except UsageError as error:
+        raise UsageError(error.problem, "Set device=cpu, or one that is here.") from error
+    check_files(recipe)
+
+
+def check_files(recipe: Recipe) -> None:
+    """UsageError or InputError where the recipe does not fit its model, `init` or dataset."""
+    from hidream.train.learner import class_of
+
+    for one in (recipe.before, recipe):
+        if one is not None:
+            class_of(one).check(one)
+    if recipe.data.path:
+        check_data(recipe)
 
 
 def check_data(recipe: Recipe) -> None:

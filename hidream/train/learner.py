@@ -70,6 +70,10 @@ class Learner(ABC):
     def __init__(self, recipe: Recipe, world: World | None = None):
         self.recipe = recipe
 
+    @classmethod  # noqa: B027 (some families have nothing to check)
+    def check(cls, recipe: Recipe) -> None:
+        """UsageError for what does not go with the family or `init`, by their headers alone."""
+
     @abstractmethod
     def build(self) -> nn.Module:
         """The network, from the recipe's seed or from its `init`, in fp32 on the CPU."""

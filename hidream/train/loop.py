@@ -106,7 +106,7 @@ def train(
             trainee.update(step, rate)
             done = step + 1
             stopping = any(stops.wait())
-            if done % recipe.log_every == 0 or done in (1, recipe.num_steps):
+            if _due(done, recipe.log_every) or done in (1, recipe.num_steps):
                 means = meter.report()
                 if log is not None:
                     log.write(_record(recipe, done, number, rate, means))

@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hidream.pipelines.base import Pipeline
 from hidream.train.config import Lora, Recipe
 from hidream.train.distributed import PendingSums
 from hidream.train.draws import Stream, generator
-from hidream.train.learner import Learner, Losses, StepBatch
+from hidream.train.learner import Learner, Losses, StepBatch, class_of
 
 RESULT = "lora.safetensors"
 # What stands before a layer's name, and whether a tensor of the file says alpha: diffusers reads it
@@ -104,7 +104,9 @@ class LoraLearner(Learner):
         self.targets = find_targets(self.options, inner)
 
     def build(self) -> Adapters:
-        options, model = self.options, self.inner.build().requires_grad_(False)
+        options = self.options
+        model = self.inner.build().requires_grad_(False)
+        model.to(getattr(torch, options.frozen_dtype))
         drawn = torch.Generator().manual_seed(self.recipe.seed)
         return Adapters(
             model,
@@ -164,12 +166,9 @@ def alpha_of(options: Lora) -> float:
 def find_targets(options: Lora, learner: Learner) -> list[str]:
     """The layers to change, from the headers of `init`. Raises UsageError for targets that are not
     there, and for a family without LoRAs."""
-    if not learner.lora_targets:
-        raise UsageError(
-            f"{learner.recipe.model} has no LoRAs.", "O1, I1 and E1 have; lora.rank = 0 is none."
-        )
-    layers, wanted = learner.lora_layers(), options.targets or learner.lora_targets
-    found = [name for name in layers if any(f".{name}".endswith(f".{w}") for w in wanted)]
+    wanted = options.targets or default_targets(learner.recipe)
+    layers = learner.lora_layers()
+    found = chosen(layers, wanted)
     for one in wanted:
         if not any(f".{name}".endswith(f".{one}") for name in found):
             last = sorted({name.rpartition(".")[2] for name in layers})
@@ -179,6 +178,26 @@ def find_targets(options: Lora, learner: Learner) -> list[str]:
                 f"Near are {', '.join(near)}.",
             )
     return found
+
+
+def default_targets(recipe: Recipe) -> tuple[str, ...]:
+    """How the names of the layers end that a LoRA changes if its recipe does not say; UsageError
+    for a family without LoRAs."""
+    if not (targets := class_of(recipe).lora_targets):
+        raise UsageError(
+            f"{recipe.model} has no LoRAs.", "O1, I1 and E1 have; lora.rank = 0 is none."
+        )
+    return targets
+
+
+def chosen(layers: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """The layers that are wanted, or whose names end so."""
+    return [name for name in layers if any(f".{name}".endswith(f".{w}") for w in wanted)]
+
+
+def num_values(size: tuple[int, int], options: Lora) -> int:
+    """Of the adapter of a layer of (in, out)."""
+    return options.rank * sum(size) + size[1] * options.dora
 
 
 def save_lora(adapters: Adapters, file: Path, recipe: Recipe, *, style: str) -> None:
@@ -194,8 +213,11 @@ def save_lora(adapters: Adapters, file: Path, recipe: Recipe, *, style: str) -> 
             "lora_A.weight": adapter.lora_A,
             "lora_B.weight": adapter.lora_B,
         }
-        if adapter.lora_magnitude_vector is not None:
-            named["lora_magnitude_vector"] = adapter.lora_magnitude_vector
+        if (lengths := adapter.lora_magnitude_vector) is not None:
+            if style == "comfyui":
+                named["dora_scale"] = lengths[:, None]
+            else:
+                named["lora_magnitude_vector"] = lengths
         if with_alphas:
             named["alpha"] = torch.tensor(alpha_of(options))
         for role, tensor in named.items():

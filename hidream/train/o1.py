@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hidream import registry
 from hidream.errors import UsageError
-from hidream.folder import open_folder
+from hidream.folder import locate, open_folder
 from hidream.limits import SPARSE_BLOCK, skipped_blocks
 from hidream.lora_file import linear_layers
 from hidream.models.o1.config import SIZES, O1Config
@@ -31,6 +31,7 @@ from hidream.pipelines.o1 import O1Pipeline
 from hidream.pipelines.prefixes import Prefixes
 from hidream.request import GenerateRequest
 from hidream.sampling import add_noise
+from hidream.train.checks import check_sizes
 from hidream.train.config import Recipe
 from hidream.train.data import SAID, TrainBatch, make_batch
 from hidream.train.datasets import TrainingData
@@ -64,6 +65,12 @@ class O1Learner(Learner):
         stages = range(len(recipe.stages))
         wanted = any(recipe.objective_of(number).perceptual for number in stages)
         self.perceptual = PerceptualLosses(recipe) if wanted else None
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        check_sizes(recipe, model_config(recipe).patch_size)
+        if recipe.lora.rank:
+            _check_noise(recipe)
 
     def build(self) -> O1:
         recipe = self.recipe
@@ -311,6 +318,20 @@ def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
             "vision_sides": [list(row) for row in config.budgets.vision_sides],
         },
     }
+
+
+def _check_noise(recipe: Recipe) -> None:
+    """A LoRA changes little: it must be trained with the noise that its model draws from."""
+    spec, _ = locate(_found(recipe.init))
+    known = {d.noise_scale for d in (spec.defaults, *spec.defaults_by_task.values())}
+    for number in range(len(recipe.stages)):
+        scale = recipe.objective_of(number).noise_scale
+        if scale not in known:
+            raise UsageError(
+                f"objective.noise_scale = {scale}, and {recipe.init} draws with "
+                f"{' or '.join(map(str, sorted(known)))}.",
+                f"Set objective.noise_scale={spec.defaults.noise_scale}.",
+            )
 
 
 def _check_sparsity(recipe: Recipe, config: O1Config) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from hidream.errors import UsageError
+from hidream.lora_file import linear_layers
+from hidream.models.loading import tensor_shapes
 from hidream.train.config import Recipe, Stage
 from hidream.train.layout import Layout, layout_of
 from hidream.train.optim import split_parameters
@@ -34,7 +36,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages, the model's values, and the bytes that one process keeps between steps.
+    """Stages, the model's values and a LoRA's, and the bytes that one process keeps between steps.
 
     Activations, a batch and frozen networks (text encoders, perceptual losses) come on top. What
     processes share by `parallel.tp` is counted as if each had it whole.
@@ -45,6 +47,7 @@ class Plan:
     processes: int
     layout: Layout
     num_values: int
+    num_adapters: int
     stages: tuple[StagePlan, ...]
     weights: int
     gradients: int
@@ -54,7 +57,8 @@ class Plan:
     @property
     def told(self) -> str:
         """The plan as it is printed."""
-        lines = [f"{self.name}: {self.model}, {self.num_values:,} values"]
+        adapters = f", frozen, and {self.num_adapters:,} of adapters" * (self.num_adapters > 0)
+        lines = [f"{self.name}: {self.model}, {self.num_values:,} values{adapters}"]
         for number, stage in enumerate(self.stages):
             lines.append(
                 f"stage {number}: {stage.size}x{stage.size}, {stage.steps:,} steps of "
@@ -78,8 +82,6 @@ def plan(recipe: Recipe) -> Plan:
 
     The run before it, of an autoencoder, is not in it.
     """
-    if recipe.lora.rank:
-        raise UsageError("there is no plan for a LoRA.", "--dry-run knows whole networks.")
     layout = layout_of(recipe.parallel, recipe.processes)
     model, num_tokens = _family(recipe)
     inner, decayed, kept = (
@@ -87,10 +89,18 @@ def plan(recipe: Recipe) -> Plan:
         for group in split_parameters(model, recipe.optimizer)
     )
     num_values = sum(parameter.numel() for parameter in model.parameters())
+    adapters = _adapters(recipe, model) if recipe.lora.rank else 0
+    if adapters:  # the only ones that are trained, by AdamW
+        inner, decayed, kept = 0, adapters, 0
     trained = inner + decayed + kept
     states = STATES[0] * (decayed + kept) + STATES[1] * inner
-    weights, gradients, optimizer = (
-        -(-FP32 * n // layout.num_shards) for n in (num_values, trained, states)
+    frozen = getattr(torch, recipe.lora.frozen_dtype).itemsize if adapters else FP32
+    weights, gradients, optimizer, ema = (
+        -(-num_bytes // layout.num_shards)
+        for num_bytes in (
+            frozen * num_values + FP32 * adapters,
+            *(FP32 * n for n in (trained, states, adapters or num_values)),
+        )
     )
     return Plan(
         name=recipe.name,
@@ -98,12 +108,22 @@ def plan(recipe: Recipe) -> Plan:
         processes=recipe.processes,
         layout=layout,
         num_values=num_values,
+        num_adapters=adapters,
         stages=tuple(_stage(recipe, stage, num_tokens) for stage in recipe.stages),
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        ema=weights,
+        ema=ema,
     )
+
+
+def _adapters(recipe: Recipe, model: nn.Module) -> int:
+    """The values of a LoRA's adapters; UsageError for a family that has none."""
+    from hidream.train.lora import chosen, default_targets, num_values
+
+    layers = linear_layers(tensor_shapes(model))
+    wanted = recipe.lora.targets or default_targets(recipe)
+    return sum(num_values(layers[name], recipe.lora) for name in chosen(layers, wanted))
 
 
 def _stage(recipe: Recipe, stage: Stage, num_tokens: Callable[[int, str], int]) -> StagePlan:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hidream.folder import DIFFUSERS_STEM
 from hidream.models.loading import quiet_imports
 from hidream.models.o1.patches import to_picture, to_tensor
-from hidream.train.config import Autoencoder
+from hidream.train.checks import check_sizes
+from hidream.train.config import Autoencoder, Recipe
 from hidream.train.distributed import PendingSums
 from hidream.train.draws import draw_noise, draw_sample, draw_task
 from hidream.train.export import put_in_place
@@ -44,6 +45,10 @@ class Pictures:
 
 class VaeLearner(Learner):
     """mean |decode(mean + deviation · noise) − picture| + kl_weight · mean divergence."""
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        check_sizes(recipe, 2 ** (len(recipe.vae.widths) - 1))
 
     def build(self) -> nn.Module:
         return build_vae(self.recipe.vae, self.recipe.seed)

@@ -175,13 +175,14 @@ def test_fresh_weights_begin_at_zero():
     assert model.final_layer.linear.bias.grad.any()
 
 
+@pytest.mark.slow
 def test_a_step_is_one_graph():
     """Of a picture with padding; in a process of its own, whose annotations nobody checks."""
     code = """
         import torch
-        from tests.tiny_i1 import features, latents, random_i1
+        from tests.tiny_i1 import TINIEST, features, latents, random_i1
 
-        model, x_t, sigma = random_i1(), latents(12, 8), torch.tensor(0.6)
+        model, x_t, sigma = random_i1(TINIEST), latents(12, 8), torch.tensor(0.6)
         prefix = model.prefill(features(), sigmas=sigma[None], height=12, width=8)
         step = torch.compile(model.step, fullgraph=True, backend="eager")
         with torch.no_grad():

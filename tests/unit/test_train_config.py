@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hidream.errors import InputError, UsageError
+from hidream.train import run
 from hidream.train.config import load_recipe, parse_recipe, past_recipe
 
 STAGE = {"size": 32, "steps": 6, "batch_size": 4, "learning_rate": 1e-3}
@@ -55,6 +56,13 @@ def test_overrides_reach_into_tables_and_lists():
         ("max_text=0", "max_text = 0 must be at least 1"),
         ("precision=float8", "bfloat16"),
         ("seed", "is not key=value"),
+        ("log_every=-1", "log_every = -1 must be 0 or more"),
+        ("keep_checkpoints=-1", "keep_checkpoints = -1 must be 0 or more"),
+        ("device=gpu", 'device = "gpu" must be cpu, cuda, cuda:N or mps'),
+        ("optimizer.ema_decay=1.5", "optimizer.ema_decay = 1.5 must be at least 0"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas = [0.9, 1.0] must be"),
+        ("lora.alpha=inf", "lora.alpha = inf must be a finite number"),
+        ("objective.reference_dropout=0.5", "must be at most caption_dropout = 0.1"),
         (
             "vae.stages=[{size = 8, steps = 0, batch_size = 1, learning_rate = 1, tasks = {}}]",
             "vae.stages.0.steps = 0 must be at least 1",
@@ -114,3 +122,26 @@ def test_the_loras_recipe_keeps_to_the_bar_of_its_benchmark():
     assert recipe.num_steps <= 400
     assert {stage.batch_size for stage in recipe.stages} == {8}
     assert parse_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("o1_nano", ["stages.1.size=100"], "stages.1.size = 100 must be a multiple of 16"),
+        ("i1_tiny", ["stages.0.size=72"], "stages.0.size = 72 must be a multiple of 16"),
+        ("i1_tiny", ["vae.stages.0.size=60"], "stages.0.size = 60 must be a multiple of 8"),
+        ("o1_nano", ["processes=1", "device=cuda:0"], 'no device "cuda:0". Set device=cpu'),
+        ("lora", ["data=x", "objective.noise_scale=8.0"], "o1_nano draws with 1.0. Set"),
+        ("o1_nano", ["out=file/run"], "the run's folder file/run cannot be written"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_a_process_starts(
+    name, changes, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises((UsageError, InputError)) as caught:
+        run(RECIPES / f"{name}.toml", changes)
+    assert message in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

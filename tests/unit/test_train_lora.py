@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,7 +82,9 @@ def test_trained_written_and_merged_are_one(
         names, header = set(opened.keys()), opened.metadata()
     start = {"diffusers": "transformer.", "comfyui": "diffusion_model."}[style] + Q
     assert {f"{start}.lora_A.weight", f"{start}.lora_B.weight"} <= names
-    assert (f"{start}.lora_magnitude_vector" in names) == dora
+    lengths = {"diffusers": "lora_magnitude_vector", "comfyui": "dora_scale"}  # theirs alone
+    for other, name in lengths.items():
+        assert (f"{start}.{name}" in names) == (dora and other == style)
     assert (f"{start}.alpha" in names) == (style == "comfyui")
     assert '"transformer.lora_alpha": 6.0' in header["lora_adapter_metadata"]
     assert '"base"' in header["hidream_training"]
@@ -106,6 +109,23 @@ def test_adapters_begin_as_no_change_and_alone_are_trained(tiny_folder, tokenize
         assert moved == (not name.endswith("lora_A")), name  # B is 0, so A has no gradient yet
     assert not frozen.requires_grad
     assert frozen.grad is None
+
+
+def test_frozen_weights_in_half_precision_train_nearly_the_same(tiny_folder):
+    found = {}
+    for frozen in ("float32", "bfloat16"):
+        recipe = recipe_of(tiny_folder, frozen_dtype=frozen)
+        learner = learner_of(replace(recipe, precision="bfloat16"))
+        adapters = learner.build()
+        assert {parameter.dtype for parameter in adapters.parameters()} == {torch.float32}
+        base = adapters.network.get_submodule(Q).base.weight
+        assert base.dtype is getattr(torch, frozen)
+        batch = learner.make_batch(0)
+        loss = learner.losses(adapters, batch, World().start_sums(*batch.counts)).total
+        loss.backward()
+        assert adapters.layers[Q].lora_B.grad.abs().max() > 0
+        found[frozen] = loss.item()
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
 
 
 def test_a_copy_has_adapters_of_its_own_on_the_same_model(tiny_model):
@@ -170,6 +190,7 @@ def test_what_a_lora_needs(tiny_folder):
         ({"init": ""}, r"lora\.rank needs the model"),
         ({"parallel": {"shard": 2}}, "replicate alone"),
         ({"data": {"world": 1.0}}, r"data\.world = 1\.0 must be at least 0"),
+        ({"optimizer": {"muon": 2.0}}, r"optimizer\.muon = 2\.0 goes with whole matrices"),
     ):
         with pytest.raises(UsageError, match=problem):
             parse_recipe(plain | change)

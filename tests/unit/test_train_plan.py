@@ -1,5 +1,6 @@
 """Plans without weights, the pre-training recipes, and which samples a stage's filter takes."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from hidream.errors import ModelError, UsageError
 from hidream.models.o1.config import O1_8B, O1_NANO
 from hidream.models.o1.model import O1
 from hidream.train import run
-from hidream.train.config import load_recipe, parse_recipe
+from hidream.train.config import Data, load_recipe, parse_recipe
 from hidream.train.data import num_words
 from hidream.train.draws import candidate, draw_sample
 from hidream.train.filter import Filter
+from hidream.train.learner import learner_of
 from hidream.train.o1 import O1Learner
 from hidream.train.optim import build_optimizers
 from hidream.train.plan import plan
@@ -74,6 +76,30 @@ def test_a_plan_counts_what_training_keeps(muon):
     assert found.weights == sum(p.nbytes for p in model.parameters()) == found.gradients
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_plan_counts_adapters(dora):
+    recipe = load_recipe(RECIPES / "lora.toml", ["data=x", f"lora.dora={str(dora).lower()}"])
+    found = plan(recipe)
+    learner = learner_of(dataclasses.replace(recipe, data=Data()))
+    adapters = sum(p.numel() for p in learner.build().parameters())
+    assert found.num_adapters == adapters
+    assert (found.ema, found.gradients, found.optimizer) == (
+        4 * adapters,
+        4 * adapters,
+        8 * adapters,
+    )
+    assert f"frozen, and {adapters:,} of adapters" in found.told
+
+
+@pytest.mark.parametrize("name", ["lora_o1_8b", "lora_i1"])
+def test_the_large_loras_freeze_half_precision(name):
+    recipe = load_recipe(RECIPES / f"{name}.toml", ["data=x"])
+    found = plan(recipe)
+    assert found.weights == 2 * found.num_values + 4 * found.num_adapters
+    assert found.num_values > 8e9
+    assert found.num_adapters < 0.02 * found.num_values
+
+
 @pytest.mark.parametrize("task", ["text_to_image", "edit", "language", "understanding"])
 def test_tokens_of_a_step_are_its_batchs_but_for_the_chats_own(task):
     chats = set()
@@ -98,6 +124,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatc
     assert "stage 2: 2048x2048, 50,000 steps of 128: 6,400,000 samples" in out
     assert "64 processes (fsdp); one keeps" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_looks_at_the_data(tmp_path, capsys):
+    assert (
+        main(["train", str(RECIPES / "lora.toml"), f"data={tmp_path / 'none'}", "--dry-run"]) == 3
+    )
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_the_page_shows_what_is_printed(capsys, monkeypatch):
