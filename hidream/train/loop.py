@@ -118,7 +118,7 @@ def train(
                 return False
             with meter.paused():
                 if _due(done, recipe.grid_every):
-                    trainee.with_averages(partial(_write_grid, learner, done))
+                    trainee.with_averages(partial(_write_grid, learner, done, log))
                 if _due(done, recipe.validation.every):
                     trainee.with_averages(partial(_validate, learner, done, log))
     finally:
@@ -258,10 +258,12 @@ class Trainee:
             function(model)
 
 
-def _write_grid(learner: Learner, step: int, ema: nn.Module) -> None:
-    folder = learner.recipe.run_dir / "grids"
-    folder.mkdir(parents=True, exist_ok=True)
-    learner.grid(ema, step).save(folder / f"{step:07d}.png")
+def _write_grid(learner: Learner, step: int, log: RunLog | None, ema: nn.Module) -> None:
+    file = learner.recipe.run_dir / "grids" / f"{step:07d}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    learner.grid(ema, step).save(file)
+    if log is not None:
+        log.write({"step": step, "picture": str(file), "message": f"step {step}: {file}"})
 
 
 def _validate(learner: Learner, step: int, log: RunLog | None, ema: nn.Module) -> None:

@@ -34,8 +34,8 @@ def scenes(recipe: Recipe) -> list[Sample]:
 def validate(recipe: Recipe, pipe: Pipeline, step: int) -> dict[str, Any]:
     """Draw and judge; the sheet is written to `RUN/validation/STEP.png`.
 
-    Returns a record for the log: `right_CATEGORY`, the share that is right, `right_all`, and the
-    seconds it took.
+    Returns a record for the log: `right_CATEGORY`, the share that is right, `right_all`, the
+    seconds it took, and the sheet's file.
     """
     started, options = time.monotonic(), recipe.validation
     number, _ = recipe.locate(step - 1)
@@ -66,6 +66,7 @@ def validate(recipe: Recipe, pipe: Pipeline, step: int) -> dict[str, Any]:
         "right_all": _share(rights),
         **shares,
         "validation_seconds": seconds,
+        "picture": str(file),
         "message": f"step {step}: {_share(rights):.2f} right ({told}), {seconds:.0f} s: {file}",
     }
 

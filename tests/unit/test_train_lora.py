@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -114,8 +113,9 @@ def test_adapters_begin_as_no_change_and_alone_are_trained(tiny_folder, tokenize
 def test_frozen_weights_in_half_precision_train_nearly_the_same(tiny_folder):
     found = {}
     for frozen in ("float32", "bfloat16"):
-        recipe = recipe_of(tiny_folder, frozen_dtype=frozen)
-        learner = learner_of(replace(recipe, precision="bfloat16"))
+        plain = recipe_of(tiny_folder).to_dict() | {"precision": "bfloat16"}
+        plain["lora"] = plain["lora"] | {"frozen_dtype": frozen}
+        learner = learner_of(parse_recipe(plain))
         adapters = learner.build()
         assert {parameter.dtype for parameter in adapters.parameters()} == {torch.float32}
         base = adapters.network.get_submodule(Q).base.weight
