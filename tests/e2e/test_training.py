@@ -202,3 +202,30 @@ def test_an_interrupt_ends_the_step_saves_and_exits_130(recipe_file, tmp_path):
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records[-1]["step"] == step
     assert not list((out / "checkpoints").glob(".step*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", [True, False], ids=["while it saves", "between saves"])
+def test_a_killed_run_goes_on_bit_for_bit(recipe_file, tmp_path, saving):
+    """SIGKILL, at once after a draft of a checkpoint is there, or after one is finished."""
+    changes = ["stages.0.steps=40", "checkpoint_every=1"]
+    code = "import sys; from hidream.train import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(recipe_file), f"out={killed}", *changes],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    checkpoints, deadline = killed / "checkpoints", time.monotonic() + 120
+    awaited = ".step-*.draft" if saving else "step-0000000[3-9]"
+    while not (killed / "checkpoints" / "latest").exists() or not list(checkpoints.glob(awaited)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert run(recipe_file, [f"out={killed}", *changes], resume=True) == 0
+    assert run(recipe_file, [f"out={whole}", *changes]) == 0
+    assert_same_run(whole, killed)
