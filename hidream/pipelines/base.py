@@ -170,12 +170,15 @@ class Pipeline(ABC):
         return loras, tuple(warning for file, _ in loras for warning in file.warnings)
 
     def to(self, device: str | torch.device) -> Pipeline:
-        if self.memory.name != "auto":
+        """Compute on this device from now on; UsageError for another one under a memory policy."""
+        place = find_device(str(device))
+        if self.memory.name == "auto":
+            self._move(place)
+        elif place.type != self.device.type or place.index not in (None, self.device.index):
             raise UsageError(
-                f"a pipeline under --memory {self.memory.name} stays on its device.",
-                "Load it again for the other one.",
+                f'a pipeline under memory="{self.memory.name}" stays on its device, {self.device}.',
+                f'Load it there: load or from_pretrained(…, device="{place}").',
             )
-        self._move(find_device(str(device)))
         return self
 
     @overload

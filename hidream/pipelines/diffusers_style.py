@@ -27,7 +27,7 @@ class HiDreamPipeline:
         **options: Any,
     ) -> HiDreamPipeline:
         """As `hidream.load`, whose other options it takes; the model stays on the CPU until
-        `.to(device)`."""
+        `.to(device)`. Under a `memory` policy it stays on `device`, which is then to be given."""
         return cls(load(model, device=device, dtype=torch_dtype, **options))
 
     def to(self, device: str | torch.device) -> HiDreamPipeline:

@@ -420,10 +420,17 @@ def test_an_editor_keeps_what_its_mask_forbids(editor):
 # -- loading ---------------------------------------------------------------------------------------
 
 
-def test_the_reviews_own_snippet(folder, monkeypatch, tmp_path):
-    """As printed, but for the machine's having no GPU; the repository lies in the hub's cache."""
+@pytest.mark.parametrize("options", [{}, {"memory": "low"}], ids=["auto", "low"])
+def test_the_reviews_own_snippet(monkeypatch, tmp_path, options):
+    """As printed, but for the machine's having no GPU; the repository lies in the hub's cache.
+
+    It has no Llama, as the published one, which the environment names.
+    """
     import huggingface_hub
 
+    folder = tiny_i1.make_tiny_i1(tmp_path / "tiny")
+    llama = tiny_i1.make_tiny_llama(tmp_path / "llama")
+    monkeypatch.setenv("HIDREAM_LLAMA", str(llama))
     asked = []
 
     def download(repo, **options):
@@ -431,8 +438,10 @@ def test_the_reviews_own_snippet(folder, monkeypatch, tmp_path):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    pipe = HiDreamPipeline.from_pretrained("hidream/HiDream-I1", torch_dtype=torch.float16)
-    pipe.to("cpu")
+    pipe = HiDreamPipeline.from_pretrained(
+        "hidream/HiDream-I1", torch_dtype=torch.float16, **options
+    )
+    pipe = pipe.to("cpu")
     image = pipe(
         prompt="A professional photograph of a modern kitchen interior",
         num_inference_steps=30,

@@ -210,9 +210,11 @@ def test_threads_share_a_pipeline(tiny_folder, pipe):
         assert same(output, pipe("red", **{**FEW, "seed": seed}))
 
 
-def test_a_frugal_pipeline_stays_on_its_device(frugal):
-    with pytest.raises(UsageError, match="stays on its device"):
-        frugal.to("cpu")
+def test_a_frugal_pipeline_stays_on_its_device(frugal, monkeypatch):
+    assert frugal.to("cpu") is frugal
+    monkeypatch.setattr("hidream.pipelines.base.find_device", torch.device)
+    with pytest.raises(UsageError, match=r'stays on its device, cpu.*device="cuda"'):
+        frugal.to("cuda")
 
 
 def test_what_is_read_late_is_checked_too(tmp_path):
