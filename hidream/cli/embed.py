@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model
 from hidream.errors import InputError, UsageError
 from hidream.folder import components_folder, locate, transformer_folder
 from hidream.limits import clean_prompt
+from hidream.memory import Policy, find_policy
 from hidream.request import ENCODERS
+
+if TYPE_CHECKING:
+    import torch
 
 EXAMPLES = """\
 hidream embed "a cat in the snow" -m i1-full -n "blurry" -o cat.safetensors
@@ -38,6 +43,7 @@ def run(argv: list[str]) -> int:
     add_model(parser)
     add_json(parser)
     arguments = parser.parse(argv)
+    policy = find_policy(arguments.memory)
     prompt = clean_prompt(arguments.prompt)
     negative = clean_prompt(arguments.negative, "negative_prompt", may_be_empty=True).strip()
     output = Path(arguments.output).expanduser()
@@ -53,19 +59,25 @@ def run(argv: list[str]) -> int:
 
     from hidream.models.i1.embeddings import Embeddings, save_embeddings
     from hidream.models.i1.text import TextEncoders, Texts
-    from hidream.pipelines.devices import find_device, find_dtype
+    from hidream.pipelines.devices import find_device, find_dtype, told_when_full
 
     device = find_device(arguments.device)
     dtype = find_dtype(None if arguments.dtype == "auto" else arguments.dtype, device)
     texts, negative_texts = Texts.of(prompt, dict(arguments.encoder_prompt)), Texts.of(negative)
     parts = components_folder(spec, folder, arguments.refiner)
     encoders = TextEncoders.open(
-        parts, llama=arguments.llama, device=device, dtype=dtype, keep=False
+        parts,
+        llama=arguments.llama,
+        device=device,
+        dtype=dtype,
+        keep=False,
+        piecewise=policy.piecewise,
     )
     for warning in (*encoders.cut(texts), *encoders.cut(negative_texts)):
         console.warn(warning)
     console.say(f"reading with the text encoders of {spec.name}")
-    both = encoders.encode([texts, negative_texts])
+    with told_when_full(device, policy, "the text encoders", _less_memory(device, dtype, policy)):
+        both = encoders.encode([texts, negative_texts])
     found = Embeddings(
         features=both.take([0]),
         texts=texts,
@@ -78,3 +90,13 @@ def run(argv: list[str]) -> int:
     else:
         print(output)
     return 0
+
+
+def _less_memory(device: torch.device, dtype: torch.dtype, policy: Policy) -> str:
+    """What takes less of the device than these choices: one encoder is there at a time anyway."""
+    if device.type != "cpu":
+        by_layers = "Use --memory low, under which they come layer by layer"
+        return "Use --device cpu." if policy.piecewise else f"{by_layers}, or --device cpu."
+    if dtype.itemsize > 2:
+        return "Use --dtype bf16."
+    return "Llama alone takes 15 GB: read the prompt on a larger machine, and draw from the file."

@@ -49,8 +49,11 @@ def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 
 
 @contextmanager
-def told_when_full(device: torch.device, policy: Policy, what: str) -> Iterator[None]:
-    """Turn a failed allocation into MemoryExceeded that names the next smaller policy."""
+def told_when_full(
+    device: torch.device, policy: Policy, what: str, remedy: str | None = None
+) -> Iterator[None]:
+    """Turn a failed allocation into MemoryExceeded, with `remedy`; by default a smaller request
+    or the next smaller policy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -58,8 +61,9 @@ def told_when_full(device: torch.device, policy: Policy, what: str) -> Iterator[
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not full and "allocate memory" not in text and "out of memory" not in text:
             raise
-        smaller = f", or use --memory {policy.smaller}" if policy.smaller else ""
+        if remedy is None:
+            smaller = f", or use --memory {policy.smaller}" if policy.smaller else ""
+            remedy = f"Ask for a smaller size or fewer pictures{smaller}."
         raise MemoryExceeded(
-            f"{what} do not fit the memory of {device} under --memory {policy.name}.",
-            f"Ask for a smaller size or fewer pictures{smaller}.",
+            f"{what} do not fit the memory of {device} under --memory {policy.name}.", remedy
         ) from error

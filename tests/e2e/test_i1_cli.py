@@ -8,10 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hidream.cli import embed
 from hidream.cli.main import main
+from hidream.memory import POLICIES
 from hidream.models.i1.config import I1_TINY
+from hidream.models.i1.text import TextEncoders
 from tests import tiny_i1
 
 FEW = ("--steps", "2", "--seed", "7")
@@ -96,6 +100,40 @@ def test_embeddings_stand_for_the_encoders(place, capsys):
         assert (pixels("one.png") == pixels("two.png")).all()
     assert main(["generate", "a house", *flags, "-o", "two.png"]) == 3
     assert 'made of another prompt: "a tree"' in capsys.readouterr().err
+
+
+def test_embed_keeps_the_memory_policy(place, monkeypatch, capsys):
+    opened, made = TextEncoders.open, []
+
+    def spy(*args, **options):
+        made.append(opened(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(TextEncoders, "open", spy)
+    flags = ["embed", "a tree", "-m", "./i1", "--overwrite", "-o", "tree.safetensors"]
+    for policy, piecewise in (("auto", False), ("balanced", False), ("low", True), ("16GB", True)):
+        assert main([*flags, "--memory", policy]) == 0
+        assert made[-1].piecewise == piecewise
+    capsys.readouterr()
+    assert main([*flags, "--memory", "nosuch"]) == 2
+    assert 'unknown memory policy "nosuch"' in capsys.readouterr().err
+
+
+def test_embeds_advice_where_memory_ends_is_what_it_can_do(place, monkeypatch, capsys):
+    def full(self, *args, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(TextEncoders, "encode", full)
+    assert main(["embed", "a tree", "-m", "./i1", "-o", "tree.safetensors"]) == 5
+    told = capsys.readouterr().err
+    assert "the text encoders do not fit" in told
+    assert "--dtype bf16" in told
+    assert "size" not in told
+    assert "--dry-run" not in told
+    cuda, half = torch.device("cuda"), torch.bfloat16
+    assert "--memory low" in embed._less_memory(cuda, half, POLICIES["balanced"])
+    assert "--memory" not in embed._less_memory(cuda, half, POLICIES["low"])
+    assert "--dtype" not in embed._less_memory(torch.device("cpu"), half, POLICIES["low"])
 
 
 def test_embeddings_are_checked_before_anything_is_loaded(place, folders, capsys):
