@@ -36,6 +36,8 @@ _BYTES = {
 DIFFUSERS_STEM = "diffusion_pytorch_model"  # diffusers' name for the weights
 COMFY_PREFIX = "model.diffusion_model."
 TRANSFORMER = "HiDreamImageTransformer2DModel"  # the class that I1's published config names
+_DISTILLED = ("FlowMatchLCMScheduler", "FlashFlowMatchEulerDiscreteScheduler")  # Dev's, Fast's
+_GUIDED = ("UniPCMultistepScheduler", "FlowUniPCMultistepScheduler")  # Full's
 REFINER = "i1-full"  # what E1 is refined with, unless another is named
 LATENT_AREA = 64  # pixels of a picture that one of its latents stands for
 _AGAIN = "Download or copy the folder again."
@@ -226,10 +228,12 @@ def locate(
     """The Spec and the folder of a model that is given by name, hub id or folder.
 
     A folder's `hidream.json` is laid over the Spec; `variant` ("full", "dev" or "fast") wins over
-    both. Names go before folders: write ./o1-nano for a folder of that name. With `download`, what
-    is not on this machine is fetched from the hub.
+    both. An I1 that says nothing of its variant is that of its scheduler. Names go before folders:
+    write ./o1-nano for a folder of that name. With `download`, what is not on this machine is
+    fetched from the hub.
+
     Raises:
-        UsageError: no such name or variant.
+        UsageError: no such name, or no such variant of this model.
         ModelError: it is known but not on this machine, or could not be downloaded.
     """
     model = str(model)
@@ -251,6 +255,8 @@ def locate(
                 "Install hidream again.",
             )
     else:
+        if spec is not None:
+            published(spec, variant)
         try:
             path = fetch(spec.repo if spec and spec.repo else model, local_only=not download)
         except ModelError:
@@ -259,6 +265,28 @@ def locate(
             raise
     name = spec.name if spec else model
     return _spec_of(path, name=name, base=spec, variant=variant), path
+
+
+def published(spec: Spec, variant: str | None) -> Spec:
+    """A published model's Spec under another `variant`, its folder unseen; UsageError as above."""
+    return registry.of_folder({}, name=spec.name, base=spec, variant=variant)
+
+
+def told_variant(path: Path) -> str | None:
+    """The variant that a folder itself names: in `hidream.json`, or by an I1's scheduler.
+
+    Dev and Fast are published with a scheduler of consistency steps, which differ by their shift.
+    """
+    found = _settings(path).get("variant")
+    if found is not None or transformer_folder(path) is None:
+        return found
+    scheduler = _optional_json(path / "scheduler" / "scheduler_config.json")
+    kind = str(scheduler.get("_class_name", ""))
+    if kind in _DISTILLED:
+        return (
+            "fast" if scheduler.get("shift") == registry.SPECS["i1-fast"].defaults.shift else "dev"
+        )
+    return "full" if kind in _GUIDED else None
 
 
 def _spec_of(path: Path, *, name: str, base: Spec | None, variant: str | None) -> Spec:
@@ -273,7 +301,10 @@ def _spec_of(path: Path, *, name: str, base: Spec | None, variant: str | None) -
     family = "e1" if width == 2 * height else "i1"
     if base is None and (height, width) == (96, 192):
         base = replace(registry.find("e1-full"), repo=None, description="")
-    spec = registry.of_folder(settings, name=name, base=base, variant=variant, family=family)
+    assumed = (told_variant(path) if family == "i1" else None) or "full"
+    spec = registry.of_folder(
+        settings, name=name, base=base, variant=variant, family=family, assumed=assumed
+    )
     area = height * width * LATENT_AREA // (2 if family == "e1" else 1)
     return registry.limited(spec, area)
 

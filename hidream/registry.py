@@ -276,22 +276,31 @@ def of_folder(
     base: Spec | None = None,
     variant: str | None = None,
     family: str = "o1",
+    assumed: str = "full",
 ) -> Spec:
     """The Spec of a model folder: `base` (or the published model of its family and variant) with
     the folder's own `hidream.json` on top.
 
     `settings` may hold `name`, `variant`, `patch_size`, any field of `Defaults`, and under
     `tasks` the same per task; other keys belong to the model. `variant` wins over the file, and
-    without either the folder counts as "full".
+    without either the folder counts as `assumed`.
 
     Raises:
+        UsageError: its family has no such `variant`.
         ModelError: a value of the wrong kind.
     """
-    chosen = variant or settings.get("variant") or (base.variant if base else "full")
+    told = settings.get("variant") or (base.variant if base else assumed)
     family = base.family if base else family
     variants = [v for f, v in _PUBLISHED if f == family]
-    if chosen not in variants:
-        raise ModelError(f'hidream.json: variant is "{chosen}"; it can be {" or ".join(variants)}.')
+    if variant not in (None, *variants):
+        raise UsageError(
+            f"--variant {variant}: {name or 'this model'} is {told}; an {family.upper()} can be "
+            f"{' or '.join(variants)}.",
+            "Leave --variant out.",
+        )
+    if variant is None and told not in variants:
+        raise ModelError(f'hidream.json: variant is "{told}"; it can be {" or ".join(variants)}.')
+    chosen = variant or told
     if base is None or base.variant != chosen:
         base = replace(SPECS[_PUBLISHED[family, chosen]], repo=None, description="")
     patch_size = settings.get("patch_size", base.patch_size)

@@ -93,7 +93,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--variant",
         choices=VARIANTS,
-        help="of a published folder without hidream.json (default full)",
+        help="of a published folder that does not say it (default full)",
     )
     group.add_argument(
         "--llama", metavar="PATH", help="I1: folder or hub id of Llama-3.1-8B-Instruct"

@@ -17,7 +17,15 @@ from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
-from hidream.folder import Folder, components_folder, find_refiner, locate, open_model
+from hidream.folder import (
+    Folder,
+    components_folder,
+    find_refiner,
+    locate,
+    open_model,
+    published,
+    told_variant,
+)
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known
@@ -256,7 +264,7 @@ def find_model(model: str, variant: str | None) -> tuple[Spec, Path | None, Mode
         spec = known(model)
         if spec is None:
             raise
-        return spec, None, error
+        return published(spec, variant), None, error
 
 
 def warn_not_here(spec: Spec) -> None:
@@ -266,7 +274,9 @@ def warn_not_here(spec: Spec) -> None:
 def variant_is_assumed(spec: Spec, folder: Path) -> bool:
     if spec.family == "e1":
         return False  # there is one alone
-    return spec.name not in SPECS and not (folder / "hidream.json").exists()
+    if (folder / "hidream.json").exists():
+        return False
+    return spec.name not in SPECS and told_variant(folder) is None
 
 
 def check_pictures(request: GenerateRequest, warnings: list[str]) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json
 from hidream.errors import ModelError, UsageError
-from hidream.folder import fetch, locate, read_config
+from hidream.folder import fetch, locate, published, read_config
 from hidream.registry import SPECS, VARIANTS, Spec, find, known, nearest
 
 if TYPE_CHECKING:
@@ -211,7 +211,11 @@ def _described(model: str, variant: str | None) -> tuple[Spec, Path | None, O1Co
         named = known(model)
         if named is None:
             raise
-        return named, None, i1.SIZES.get(named.name) or o1.SIZES.get(named.name, o1.O1_8B)
+        return (
+            published(named, variant),
+            None,
+            i1.SIZES.get(named.name) or o1.SIZES.get(named.name, o1.O1_8B),
+        )
     if spec.family != "o1":
         from hidream.folder import transformer_folder
 

@@ -31,7 +31,7 @@ def load(
 
     `model`: a name ("o1-nano"), a hub id, or a folder in the published layout. `device`: auto,
     cpu, cuda or mps. `dtype`: fp32 on a CPU and bf16 elsewhere unless given. `variant` ("full",
-    "dev", "fast") is for published folders without a `hidream.json`. `prefix_bytes`: how much of
+    "dev", "fast") is for published folders that do not say theirs. `prefix_bytes`: how much of
     the prompts and references that were read may stay in memory for later calls; 0 keeps nothing.
 
     Of I1 and E1: `llama` is the folder or hub id of Llama-3.1-8B-Instruct, where it is not in the

@@ -178,6 +178,27 @@ def test_a_variant_is_made_again(place):
     assert (pixels("one.png") == pixels("two.png")).all()
 
 
+def test_the_variant_is_the_flags_or_the_folders(place, folders, capsys):
+    """Of a name that is not here, and of a folder whose scheduler tells it."""
+    (place / "fast").mkdir()
+    for part in (folders / "i1").iterdir():
+        (place / "fast" / part.name).symlink_to(part)
+    (place / "fast" / "scheduler").unlink()
+    scheduler = {"_class_name": "FlowMatchLCMScheduler", "shift": 3.0}
+    tiny_i1.write_json(place / "fast" / "scheduler" / "scheduler_config.json", scheduler)
+    for flags, steps, guidance in (
+        (["-m", "i1-full"], 50, 5.0),
+        (["-m", "i1-full", "--variant", "dev"], 28, 0.0),
+        (["-m", "./fast"], 16, 0.0),
+        (["-m", "./fast", "--variant", "full"], 50, 5.0),
+    ):
+        assert main(["generate", "x", *flags, "--dry-run", "--json"]) == 0
+        shown = capsys.readouterr()
+        request = json.loads(shown.out)["request"]
+        assert (request["num_inference_steps"], request["guidance_scale"]) == (steps, guidance)
+        assert "is assumed" not in shown.err
+
+
 @pytest.mark.parametrize("flags", [["--dry-run"], ["-m", "./e1"]], ids=" ".join)
 def test_a_composite_that_is_not_drawn_leaves_nothing(place, flags):
     before = set(place.iterdir())
@@ -201,6 +222,17 @@ def test_a_composite_that_is_not_drawn_leaves_nothing(place, flags):
         (("generate", "x", "-m", "i1-full"), 4, "hidream models pull"),
         (("embed", "x", "-m", "o1-nano", "-o", "x.safetensors"), 2, "has no text encoders"),
         (("embed", "x", "-m", "./i1", "-o", "x.txt"), 3, "End it in .safetensors"),
+        (
+            ("edit", "a.png", "x", "-m", "./e1", "--variant", "dev"),
+            2,
+            "--variant dev: ./e1 is full; an E1",
+        ),
+        (("generate", "x", "-m", "o1-nano", "--variant", "fast"), 2, "o1-nano is full; an O1"),
+        (
+            ("edit", "a.png", "x", "-m", "e1-1", "--variant", "dev"),
+            2,
+            "--variant dev: e1-1 is full",
+        ),
         (("composite", "a.png", "x", *SUBJECT, "--place", "nan,0.5"), 2, "is no place"),
         (("composite", "a.png", "x", *SUBJECT, "--scale", "inf"), 2, "not a number above 0"),
         (("composite", "a.png", "x", "--subject-mask", "a.png", "--background", "none.png"), 3, ""),

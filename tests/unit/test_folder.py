@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from hidream import folder as folders
 from hidream.errors import ModelError, UsageError
 from hidream.folder import locate, open_folder, read_header
+from hidream.registry import SPECS
 
 
 @pytest.fixture
@@ -166,6 +167,40 @@ def test_locating_folders_and_names(whole, monkeypatch):
     monkeypatch.setattr(folders, "fetch", lambda repo, local_only: whole)
     spec, path = locate("HiDream-ai/HiDream-O1-Image-Dev")
     assert (spec.name, spec.patch_size, path) == ("o1-dev", 8, whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift", "variant"),
+    [
+        ("UniPCMultistepScheduler", None, "full"),
+        ("FlowMatchLCMScheduler", 6.0, "dev"),
+        ("FlowMatchLCMScheduler", 3.0, "fast"),
+        ("FlashFlowMatchEulerDiscreteScheduler", 3.0, "fast"),
+        ("SomethingElse", 3.0, None),
+    ],
+)
+def test_an_i1_is_of_its_schedulers_variant(tmp_path, kind, shift, variant):
+    """Where neither its name, nor hidream.json, nor the user says another."""
+    for part in ("transformer", "scheduler"):
+        (tmp_path / part).mkdir()
+    config = {"_class_name": folders.TRANSFORMER, "max_resolution": [128, 128]}
+    write(tmp_path / "transformer" / "config.json", config)
+    write(tmp_path / "scheduler" / "scheduler_config.json", {"_class_name": kind, "shift": shift})
+    assert folders.told_variant(tmp_path) == variant
+    spec = locate(tmp_path)[0]
+    wanted = SPECS[f"i1-{variant or 'full'}"]
+    assert (spec.variant, spec.defaults) == (wanted.variant, wanted.defaults)
+    for chosen in ("full", "dev", "fast"):
+        assert locate(tmp_path, variant=chosen)[0].variant == chosen
+    write(tmp_path / "hidream.json", {"variant": "dev"})
+    assert locate(tmp_path)[0].variant == folders.told_variant(tmp_path) == "dev"
+
+
+def test_a_variant_that_a_name_has_not_is_refused_before_anything_is_fetched(monkeypatch):
+    monkeypatch.setattr(folders, "fetch", None)
+    for name in ("e1-full", "o1-nano"):
+        with pytest.raises(UsageError, match=f"--variant fast: {name} is full; an .1 can be"):
+            locate(name, variant="fast")
 
 
 def test_what_is_not_on_this_machine(monkeypatch, tmp_path):

@@ -52,6 +52,8 @@ def test_a_folder_is_laid_over_its_own_family():
     assert (fast.family, fast.defaults.num_inference_steps, fast.defaults.shift) == ("i1", 16, 2.0)
     with pytest.raises(ModelError, match='variant is "fast"; it can be full or dev'):
         registry.of_folder({"variant": "fast"})
+    with pytest.raises(UsageError, match=r"--variant dev: \./e1 is full; an E1 can be full"):
+        registry.of_folder({}, name="./e1", variant="dev", family="e1")
 
 
 @pytest.mark.parametrize(
