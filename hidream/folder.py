@@ -283,9 +283,8 @@ def told_variant(path: Path) -> str | None:
     scheduler = _optional_json(path / "scheduler" / "scheduler_config.json")
     kind = str(scheduler.get("_class_name", ""))
     if kind in _DISTILLED:
-        return (
-            "fast" if scheduler.get("shift") == registry.SPECS["i1-fast"].defaults.shift else "dev"
-        )
+        fast = scheduler.get("shift") == registry.SPECS["i1-fast"].defaults.shift
+        return "fast" if fast else "dev"
     return "full" if kind in _GUIDED else None
 
 
@@ -350,8 +349,12 @@ def components_folder(spec: Spec, folder: Path, refiner: str | Path = REFINER) -
 
     An E1 that was published without them has those of I1, the `refiner`; ModelError as `locate`.
     """
-    alone = not (folder / "vae").is_dir() and not (folder / "text_encoder").is_dir()
-    return find_refiner(refiner) if spec.family == "e1" and alone else folder
+    return find_refiner(refiner) if spec.family == "e1" and is_alone(folder) else folder
+
+
+def is_alone(folder: Path) -> bool:
+    """Whether a transformer was published without text encoders and VAE, as E1's."""
+    return not (folder / "vae").is_dir() and not (folder / "text_encoder").is_dir()
 
 
 def fetch(repo: str, *, local_only: bool = False, folder: Path | None = None) -> Path:

@@ -131,13 +131,15 @@ def _verify(argv: list[str]) -> int:
         from hidream.models.o1.tokens import Tokenizer
         from hidream.models.o1.weights import verify_folder
 
-        folder = verify_folder(path)
+        parts = {"model": verify_folder(path)}
         Tokenizer(path)
     else:
-        from hidream.models.i1.weights import verify_i1
+        from hidream.models.i1.repository import verify_repository
 
-        folder = verify_i1(path)
-    files = sorted({info.file for info in folder.tensors.values()})
+        parts = verify_repository(path, edits=spec.family == "e1")
+        if "vae" in parts and "text_encoder_4" not in parts:
+            console.say("Llama is published elsewhere, and was not looked at.")
+    files = sorted({info.file for folder in parts.values() for info in folder.tensors.values()})
     num_bytes = 0
     for number, file in enumerate(files, 1):
         console.say(f"reading {file.name} ({number}/{len(files)})")
@@ -153,16 +155,17 @@ def _verify(argv: list[str]) -> int:
         "folder": str(path),
         "ok": True,
         "num_files": len(files),
-        "num_tensors": len(folder.tensors),
-        "num_params": folder.num_params,
+        "num_tensors": sum(len(folder.tensors) for folder in parts.values()),
+        "num_params": sum(folder.num_params for folder in parts.values()),
         "bytes": num_bytes,
+        "parts": list(parts),
     }
     if arguments.json:
         console.show(found)
     else:
         print(
-            f"{path} is whole: {len(folder.tensors)} tensors, {folder.num_params} values, "
-            f"{console.size(num_bytes)}."
+            f"{path} is whole: {found['num_tensors']} tensors, {found['num_params']} values, "
+            f"{console.size(num_bytes)}" + (f" ({', '.join(parts)})." if len(parts) > 1 else ".")
         )
     return 0
 

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hidream.errors import ModelError
-from hidream.folder import DIFFUSERS_STEM, open_folder
-from hidream.models.loading import load_weights, quiet_imports
+from hidream.folder import DIFFUSERS_STEM, Folder, open_folder
+from hidream.models.loading import check_tensors, load_weights, quiet_imports, tensor_shapes
 from hidream.tiling import Tile, join, split
 
 TILE = 128  # latents: 1024 pixels
@@ -59,30 +59,9 @@ class LatentCodec:
 
         Raises ModelError where diffusers is missing, or the folder is not whole or something else.
         """
-        try:
-            with quiet_imports():
-                from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise ModelError(
-                "HiDream-I1's VAE needs diffusers, which is not installed.",
-                'Install it with: pip install "hidream[i1]".',
-            ) from error
-        opened = open_folder(folder, stem=DIFFUSERS_STEM)
-        found = opened.config.get("_class_name")
-        if found != "AutoencoderKL":
-            raise ModelError(
-                f'{folder} holds "{found}"; I1\'s VAE is an AutoencoderKL.', "Check its path."
-            )
+        opened, vae = _on_meta(folder)
         if dtype == torch.float16 and opened.config.get("force_upcast", True):
             dtype = torch.float32
-        try:
-            with torch.device("meta"):
-                vae = AutoencoderKL.from_config(dict(opened.config))
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise ModelError(
-                f"the config.json in {folder} is not that of a VAE ({error}).",
-                "Download the folder again.",
-            ) from error
         load_weights(vae, opened, device=device if keep else "cpu", dtype=dtype)
         return cls(vae, device=device, dtype=dtype, keep=keep)
 
@@ -163,3 +142,49 @@ class LatentCodec:
 
         coded = [join([read(row, tile) for tile in tiles], tiles, size) for row in x.split(1)]
         return torch.cat(coded)
+
+
+def verify_vae(folder: str | Path, channels: int) -> Folder:
+    """Check a repository's `vae`: configuration, headers, names, shapes; reads no weights.
+
+    Raises ModelError as `LatentCodec.open`, and where its latents have not so many `channels`.
+    """
+    opened, vae = _on_meta(folder)
+    check_tensors(opened, tensor_shapes(vae))
+    check_channels(opened.path.parent, vae.config.latent_channels, channels)
+    return opened
+
+
+def check_channels(parts: Path, there: int, read: int) -> None:
+    """Raise ModelError unless the VAE in `parts` has the latents that a transformer reads."""
+    if there != read:
+        raise ModelError(
+            f"the VAE in {parts} has latents of {there} channels; this transformer reads {read}.",
+            "Use the VAE of its own repository.",
+        )
+
+
+def _on_meta(folder: str | Path) -> tuple[Folder, Any]:
+    """A VAE's folder and the module that it describes, without its weights."""
+    try:
+        with quiet_imports():
+            from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ModelError(
+            "HiDream-I1's VAE needs diffusers, which is not installed.",
+            'Install it with: pip install "hidream[i1]".',
+        ) from error
+    opened = open_folder(folder, stem=DIFFUSERS_STEM)
+    found = opened.config.get("_class_name")
+    if found != "AutoencoderKL":
+        raise ModelError(
+            f'{folder} holds "{found}"; I1\'s VAE is an AutoencoderKL.', "Check its path."
+        )
+    try:
+        with torch.device("meta"):
+            return opened, AutoencoderKL.from_config(dict(opened.config))
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"the config.json in {folder} is not that of a VAE ({error}).",
+            "Download the folder again.",
+        ) from error

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
-from hidream.errors import ModelError
 from hidream.folder import REFINER, components_folder, find_refiner
 from hidream.memory import AUTO, Policy
 from hidream.models.e1 import target_description
@@ -19,7 +18,7 @@ from hidream.models.i1.model import I1, Features
 from hidream.models.i1.text import TextEncoders, Texts, texts_of
 from hidream.models.i1.weights import load_i1, open_i1
 from hidream.models.loras import LoraWeights, with_loras
-from hidream.models.vae import LatentCodec
+from hidream.models.vae import LatentCodec, check_channels
 from hidream.pipelines.base import Counter, LoadOptions, OnStep, Pipeline, Plan
 from hidream.pipelines.jobs import find_source, resized
 from hidream.pipelines.latent import LatentJob, denoise_latents
@@ -72,12 +71,7 @@ class I1Pipeline(Pipeline):
             )
             encoders.check(config)
         codec = LatentCodec.open(parts / "vae", device=device, dtype=dtype, keep=not policy.lends)
-        if codec.channels != config.in_channels:
-            raise ModelError(
-                f"the VAE in {parts} has latents of {codec.channels} channels; this transformer "
-                f"reads {config.in_channels}.",
-                "Use the VAE of its own repository.",
-            )
+        check_channels(parts, codec.channels, config.in_channels)
         model = load_i1(folder, device=device, dtype=dtype, memory=policy)
         return cls(spec, model, encoders, codec, options.refiner, folder)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hidream.cli import embed
 from hidream.cli.main import main
@@ -19,6 +20,7 @@ from hidream.models.i1.text import TextEncoders
 from tests import tiny_i1
 
 FEW = ("--steps", "2", "--seed", "7")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SUBJECT = ("--subject-mask", "mask.png", "--background", "a.png")
 
 
@@ -257,6 +259,59 @@ def test_a_missing_component_is_named_before_weights(place, folders, capsys):
     )
     assert main(["generate", "x", "-m", "./broken", *FEW]) == 4
     assert "pickle" in capsys.readouterr().err
+
+
+def test_verify_reads_the_whole_repository(place, folders, capsys):
+    """Llama only where it lies inside; an E1 may be published alone."""
+    (place / "alone").mkdir()
+    (place / "alone" / "transformer").symlink_to(folders / "e1" / "transformer")
+    beside = ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
+    for folder, parts in (
+        ("i1", ["transformer", *beside[:3], "text_encoder_4", "vae"]),
+        ("gated", ["transformer", *beside]),
+        ("alone", ["transformer"]),
+        ("i1/transformer", ["transformer"]),
+    ):
+        assert main(["models", "verify", f"./{folder}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["parts"] == parts
+        assert found["num_files"] == len(parts)
+
+
+@pytest.mark.parametrize(
+    ("removed", "said"),
+    [
+        (("text_encoder_2", f"vae/{WEIGHTS}"), ("no text_encoder_2", f"vae holds no {WEIGHTS}")),
+        (("tokenizer_3",), ("no tokenizer_3",)),
+        (("text_encoder", "vae"), ("no text_encoder,", "vae does not exist")),
+        (("text_encoder_3/model.safetensors",), ("text_encoder_3 holds no model.safetensors",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_verify_names_what_is_missing(place, folders, capsys, removed, said):
+    shutil.copytree(folders / "gated", place / "broken")
+    for name in removed:
+        part = place / "broken" / name
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    assert main(["models", "verify", "./broken"]) == 4
+    told = capsys.readouterr()
+    assert "whole" not in told.out
+    for words in said:
+        assert words in told.err
+
+
+@pytest.mark.parametrize("file", ["text_encoder_2/model.safetensors", f"vae/{WEIGHTS}"])
+@pytest.mark.parametrize("flaw", ["nan", "shape"])
+def test_verify_reads_values_and_shapes_of_every_part(place, folders, capsys, file, flaw):
+    shutil.copytree(folders / "gated", place / "broken")
+    tensors = load_file(place / "broken" / file)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() > 1)
+    tensors[name] = tensors[name][:-1].clone() if flaw == "shape" else tensors[name] * torch.nan
+    save_file(tensors, place / "broken" / file, metadata={"format": "pt"})
+    assert main(["models", "verify", "./broken"]) == 4
+    told = capsys.readouterr().err
+    assert name in told
+    assert ("wrong shape" if flaw == "shape" else "not finite") in told
 
 
 def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(place, capsys):

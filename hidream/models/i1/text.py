@@ -153,21 +153,7 @@ class TextEncoders:
         not fit the transformer in the folder, if there is one.
         """
         folder = Path(folder).expanduser()
-        encoders = {}
-        for name, kind in _KINDS.items():
-            place, tokenizer = (
-                folder / kind.folder,
-                folder / kind.folder.replace("text_encoder", "tokenizer"),
-            )
-            if name == "llama":
-                place, tokenizer = find_llama(folder, llama)
-            for needed in (place, tokenizer):
-                if not needed.is_dir():
-                    raise ModelError(
-                        f"{folder} has no {needed.name}, which HiDream-I1 reads prompts with.",
-                        _AGAIN,
-                    )
-            encoders[name] = _Encoder(kind, place, tokenizer)
+        encoders = {name: _open_encoder(name, folder, llama) for name in NAMES}
         opened = cls(
             encoders, device=device, dtype=dtype, keep=keep, piecewise=piecewise, max_kept=max_kept
         )
@@ -178,22 +164,7 @@ class TextEncoders:
 
     def check(self, config: I1Config) -> None:
         """Raise ModelError unless the encoders are those that an I1 was trained with, in size."""
-        sizes = {name: encoder.size for name, encoder in self._encoders.items()}
-        layers = self._encoders["llama"].config.num_hidden_layers
-        if sizes["clip_l"] + sizes["clip_g"] != config.pooled_size:
-            which = f"CLIP-L and CLIP-G give {sizes['clip_l']} and {sizes['clip_g']} values"
-            wanted = f"{config.pooled_size} together"
-        elif sizes["t5"] != config.t5_size:
-            which, wanted = f"T5 gives {sizes['t5']} values a token", f"{config.t5_size}"
-        elif sizes["llama"] != config.llama_size or layers <= max(config.llama_layers):
-            which = f"Llama has {layers} layers of {sizes['llama']} values"
-            wanted = f"{max(config.llama_layers) + 1} of {config.llama_size}"
-        else:
-            return
-        raise ModelError(
-            f"{which}; this transformer reads {wanted}.",
-            "Use the encoders of its own repository, and Llama-3.1-8B-Instruct.",
-        )
+        _check_sizes(self._encoders, config)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -288,6 +259,68 @@ class TextEncoders:
         while sum(row.nbytes for row in self._kept.values()) > self.max_kept:
             self._kept.popitem(last=False)
         return [rows[text] for text in texts]
+
+
+def verify_encoders(folder: Path, config: I1Config) -> tuple[dict[str, Folder], list[ModelError]]:
+    """Check those that lie in a repository, Llama only if it does, and the tokenizers.
+
+    Returns the folders, by name, that are whole, and what is wrong with the others, or with their
+    sizes for the transformer of `config`. No weights are read.
+    """
+    encoders: dict[str, _Encoder] = {}
+    faults = []
+    for name, kind in _KINDS.items():
+        if name == "llama" and not (folder / kind.folder).is_dir():
+            continue
+        try:
+            encoder = _open_encoder(name, folder)
+            encoder.num_tokens("")
+            encoders[name] = encoder
+        except ModelError as error:
+            faults.append(error)
+    try:
+        _check_sizes(encoders, config)
+    except ModelError as error:
+        faults.append(error)
+    return {_KINDS[name].folder: encoder.folder for name, encoder in encoders.items()}, faults
+
+
+def _open_encoder(name: str, folder: Path, llama: str | Path | None = None) -> _Encoder:
+    """That of a repository's folder; Llama's wherever `find_llama` finds it."""
+    kind = _KINDS[name]
+    place = folder / kind.folder
+    tokenizer = folder / kind.folder.replace("text_encoder", "tokenizer")
+    if name == "llama":
+        place, tokenizer = find_llama(folder, llama)
+    for needed in (place, tokenizer):
+        if not needed.is_dir():
+            raise ModelError(
+                f"{folder} has no {needed.name}, which HiDream-I1 reads prompts with.", _AGAIN
+            )
+    return _Encoder(kind, place, tokenizer)
+
+
+def _check_sizes(encoders: Mapping[str, _Encoder], config: I1Config) -> None:
+    """Raise ModelError unless those that are here are as large as the transformer was trained."""
+    sizes = {name: encoder.size for name, encoder in encoders.items()}
+    layers = encoders["llama"].config.num_hidden_layers if "llama" in encoders else 0
+    clips = [sizes[name] for name in ("clip_l", "clip_g") if name in sizes]
+    if len(clips) == 2 and sum(clips) != config.pooled_size:
+        which = f"CLIP-L and CLIP-G give {clips[0]} and {clips[1]} values"
+        wanted = f"{config.pooled_size} together"
+    elif sizes.get("t5", config.t5_size) != config.t5_size:
+        which, wanted = f"T5 gives {sizes['t5']} values a token", f"{config.t5_size}"
+    elif "llama" in sizes and (
+        sizes["llama"] != config.llama_size or layers <= max(config.llama_layers)
+    ):
+        which = f"Llama has {layers} layers of {sizes['llama']} values"
+        wanted = f"{max(config.llama_layers) + 1} of {config.llama_size}"
+    else:
+        return
+    raise ModelError(
+        f"{which}; this transformer reads {wanted}.",
+        "Use the encoders of its own repository, and Llama-3.1-8B-Instruct.",
+    )
 
 
 class _Encoder:
