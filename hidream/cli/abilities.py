@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from hidream.pipelines import Pipeline
 
 PROMPT = "a red cube left of a blue sphere"
-SIZES = {"o1": (1024, 2048), "o1-dev": (1024, 2048)}  # of published models: squares
+# Of published models: squares.
+SIZES = {
+    **dict.fromkeys(("o1", "o1-dev", "o1-dev-2604"), (1024, 2048)),
+    **dict.fromkeys(("i1-full", "i1-dev", "i1-fast", "e1-1"), (1024,)),
+    "e1-full": (768,),
+}
 TIMED_STEPS = 6
 
 

@@ -18,6 +18,7 @@ from hidream.cli import abilities
 from hidream.memory import POLICIES
 from hidream.pictures import read_metadata, read_picture
 from hidream.pipelines import load
+from hidream.registry import SPECS
 from tests import lora_files
 
 FEW = ["--steps", "2", "--size", "32x32"]
@@ -342,7 +343,9 @@ def test_doctor(hidream):
     assert code == (4 if found["problems"] else 0)
     rows = {(row["model"], row["size"]): row for row in found["draws"]}
     assert rows["o1-nano", "128x128"]["fits"]
+    assert {name for name, _ in rows} == set(SPECS)
     assert {size for name, size in rows if name == "o1"} == {"1024x1024", "2048x2048"}
+    assert [size for name, size in rows if name == "e1-full"] == ["768x768"]
     assert all(POLICIES[row["memory"]].exact and row["seconds"] > 0 for row in rows.values())
     _, out, _ = hidream("doctor", model=False)
     assert "o1-nano at 128x128: --memory auto" in out
