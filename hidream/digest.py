@@ -25,6 +25,8 @@ def of_bytes(data: bytes) -> str:
 def of_model(folder: Path, files: Sequence[Path], cache: Path) -> str:
     """The SHA-256 over names and SHA-256s of a folder's `files`, whatever the folder's own name.
 
+    A file that lies elsewhere comes first, by its own name.
+
     `cache` is a JSON file of hashes by path, size and time of change. It may be missing, damaged
     or not writable: then files are hashed again.
 
@@ -34,7 +36,7 @@ def of_model(folder: Path, files: Sequence[Path], cache: Path) -> str:
     remembered = _read(cache)
     found: dict[str, list[Any]] = {}
     lines = []
-    for file in sorted(files):
+    for file in sorted(files, key=lambda file: (file.is_relative_to(folder), file)):
         try:
             path, status = str(file.resolve()), file.stat()
             entry = remembered.get(path)
@@ -45,7 +47,8 @@ def of_model(folder: Path, files: Sequence[Path], cache: Path) -> str:
         except OSError as error:
             raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
         found[path] = entry
-        lines.append(f"{file.relative_to(folder).as_posix()} {entry[2]}\n")
+        name = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+        lines.append(f"{name.as_posix()} {entry[2]}\n")
     if any(remembered.get(path) != entry for path, entry in found.items()):
         there = {path: entry for path, entry in remembered.items() if os.path.exists(path)}
         kept = list({**there, **found}.items())[-MAX_REMEMBERED:]

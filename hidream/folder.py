@@ -124,16 +124,20 @@ def open_folder(path: str | Path, *, stem: str = "model") -> Folder:
     )
 
 
-def open_model(path: str | Path) -> Folder:
+def open_model(path: str | Path, file: Path | None = None) -> Folder:
     """A model's folder as `open_folder` reads it, or a whole repository of I1 or E1.
 
-    A repository's tensors and configuration are its transformer's. Raises ModelError as there.
+    A repository's tensors and configuration are its transformer's; the tensors are those of `file`,
+    if given. Raises ModelError as there.
     """
     path = Path(path).expanduser()
     place = transformer_folder(path)
     if place is None:
         return open_folder(path)
-    opened = open_folder(place, stem=DIFFUSERS_STEM)
+    if file is None:
+        opened = open_folder(place, stem=DIFFUSERS_STEM)
+    else:
+        opened = replace(open_file(file), path=path, config=transformer_config(path))
     if place == path:
         return opened
     parts = [part for part in path.iterdir() if part.is_dir() and part != place]
@@ -163,6 +167,11 @@ def open_file(path: str | Path) -> Folder:
     prefix = COMFY_PREFIX if any(name.startswith(COMFY_PREFIX) for name in found) else ""
     tensors = {name.removeprefix(prefix): info for name, info in found.items()}
     return Folder(path=path, config={}, settings={}, tensors=tensors, prefix=prefix)
+
+
+def holds_transformer(file: Folder) -> bool:
+    """Whether a single file's tensors are those of an I1's or E1's transformer, by one of them."""
+    return "x_embedder.proj.weight" in file.tensors
 
 
 def transformer_folder(path: Path) -> Path | None:
@@ -223,9 +232,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def locate(
-    model: str | Path, *, variant: str | None = None, download: bool = False
+    model: str | Path,
+    *,
+    variant: str | None = None,
+    download: bool = False,
+    components: str | Path | None = None,
 ) -> tuple[Spec, Path]:
     """The Spec and the folder of a model that is given by name, hub id or folder.
+
+    Of an I1's or E1's transformer in a single file, the folder is that of `components`, an I1 or E1
+    whose configuration, text encoders and VAE go with it; the Spec is theirs, and has the `file`.
 
     A folder's `hidream.json` is laid over the Spec; `variant` ("full", "dev" or "fast") wins over
     both. An I1 that says nothing of its variant is that of its scheduler. Names go before folders:
@@ -233,7 +249,8 @@ def locate(
     fetched from the hub.
 
     Raises:
-        UsageError: no such name, or no such variant of this model.
+        UsageError: no such name, or no such variant of this model; a single file without
+            `components`, or these without a single file.
         ModelError: it is known but not on this machine, or could not be downloaded.
     """
     model = str(model)
@@ -241,6 +258,12 @@ def locate(
         raise UsageError(f'variant "{variant}" is unknown; it can be "full", "dev" or "fast".')
     spec = registry.known(model)
     path = Path(model).expanduser()
+    if spec is None and path.is_file():
+        return _locate_file(path, model, components, variant)
+    if components is not None:
+        raise UsageError(
+            f"--components is for a single file; {model} has its own.", "Leave --components out."
+        )
     if spec is None and (path.exists() or _looks_like_path(model)):
         if not path.exists():
             raise ModelError(f"the model folder {model} does not exist.", "Check its path.")
@@ -265,6 +288,30 @@ def locate(
             raise
     name = spec.name if spec else model
     return _spec_of(path, name=name, base=spec, variant=variant), path
+
+
+def _locate_file(
+    path: Path, name: str, components: str | Path | None, variant: str | None
+) -> tuple[Spec, Path]:
+    """The Spec of a single file's transformer, and the folder of what goes with it."""
+    if not holds_transformer(open_file(path)):
+        raise ModelError(
+            f"{name} is a single file that holds no I1 or E1.",
+            "Name a model's folder, with its config.json.",
+        )
+    if components is None:
+        raise UsageError(
+            f"{name} holds an I1's or E1's transformer alone.",
+            "Name the model whose configuration, text encoders and VAE go with it: --components "
+            "i1-full, or its folder.",
+        )
+    spec, folder = locate(components, variant=variant)
+    if transformer_folder(folder) is None:
+        raise UsageError(
+            f"--components {components} is no I1 or E1: it has no transformer/config.json.",
+            "Name one, such as i1-full; of its transformer that file is enough.",
+        )
+    return replace(spec, name=name, repo=None, description="", file=path), folder
 
 
 def published(spec: Spec, variant: str | None) -> Spec:
@@ -296,7 +343,7 @@ def _spec_of(path: Path, *, name: str, base: Spec | None, variant: str | None) -
     settings, place = _settings(path), transformer_folder(path)
     if place is None:
         return registry.of_folder(settings, name=name, base=base, variant=variant)
-    height, width = _resolution(_transformer_config(path))
+    height, width = _resolution(transformer_config(path))
     family = "e1" if width == 2 * height else "i1"
     if base is None and (height, width) == (96, 192):
         base = replace(registry.find("e1-full"), repo=None, description="")
@@ -308,7 +355,7 @@ def _spec_of(path: Path, *, name: str, base: Spec | None, variant: str | None) -
     return registry.limited(spec, area)
 
 
-def _transformer_config(path: Path) -> dict[str, Any]:
+def transformer_config(path: Path) -> dict[str, Any]:
     """The configuration of an I1's or E1's transformer, {} where there is none."""
     place = transformer_folder(path)
     return _optional_json(place / "config.json") if place is not None else {}
@@ -335,7 +382,7 @@ def find_refiner(name: str | Path, editor: Path | None = None) -> Path:
     if editor is None:
         return folder
     for part in ("in_channels", "caption_channels", "text_emb_dim"):
-        there, here = (_transformer_config(place).get(part) for place in (folder, editor))
+        there, here = (transformer_config(place).get(part) for place in (folder, editor))
         if there != here:
             raise UsageError(
                 f"{spec.name} cannot refine this E1's edits: its {part} is {there}, not {here}.",

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -54,7 +55,8 @@ class Spec:
 
     `repo` is the hub id, or None for the checkpoint that ships inside the package. `pipeline` is
     "module:class", imported only when the model is loaded. `tasks`: what it does; `max_area`: the
-    most pixels of one picture, None for no limit of its own.
+    most pixels of one picture, None for no limit of its own; `file`: a single file of the network's
+    weights, where they are not in the model's folder.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Spec:
     pipeline: str
     tasks: tuple[str, ...] = TASKS
     max_area: int | None = None
+    file: Path | None = None
 
     def defaults_for(self, task: str) -> Defaults:
         """The defaults of one of `TASKS`."""

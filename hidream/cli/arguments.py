@@ -88,8 +88,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         default=None,
-        help=f"name, hub id or folder (default {DEFAULT_MODEL})",
+        help=f"name, hub id, folder, or a file with --components (default {DEFAULT_MODEL})",
     )
+    add_components(group)
     group.add_argument(
         "--variant",
         choices=VARIANTS,
@@ -105,6 +106,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on a CPU")
     group.add_argument(
         "--memory", default="auto", metavar="POLICY", help=", ".join(POLICIES) + " (docs/memory.md)"
+    )
+
+
+def add_components(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--components",
+        metavar="MODEL",
+        help="of a single file: the I1 or E1 whose text encoders and VAE go with it",
     )
 
 

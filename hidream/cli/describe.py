@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     fields = {name: value for name, value in vars(arguments).items() if name in names}
     request = TextRequest.about(arguments.image, arguments.question, **fields)
     model = arguments.model or DEFAULT_MODEL
-    spec, folder = locate(model, variant=arguments.variant)
+    spec, folder = locate(model, variant=arguments.variant, components=arguments.components)
     if spec.family != "o1":
         raise UsageError(f"{spec.name} draws, but cannot write.", "Use an O1 model.")
 

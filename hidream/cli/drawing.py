@@ -64,7 +64,7 @@ def draw(
     if needs_reference and not asked.references:
         raise UsageError("there is no reference picture.", needs_reference)
     _settle(arguments, again, same_model=model == again.model)
-    spec, folder, missing = find_model(model, arguments.variant)
+    spec, folder, missing = find_model(model, arguments.variant, arguments.components)
     if folder is not None and arguments.variant is None and variant_is_assumed(spec, folder):
         warnings.append(f"{folder} does not say its variant: full is assumed (--variant dev).")
     defaults = spec.defaults_for(asked.task)
@@ -93,7 +93,7 @@ def draw(
     if request.refine_strength and not arguments.dry_run:
         find_refiner(arguments.refiner, folder)
     warnings += [told for told in warnings_of(asked, request, spec) if told not in again.warnings]
-    opened = open_model(folder) if folder is not None else None
+    opened = open_model(folder, spec.file) if folder is not None else None
     check_prompts(request, opened)
     check_loras(request, opened, warnings)
     if missing is not None and not arguments.dry_run:
@@ -256,10 +256,12 @@ def _warn(text: str, warnings: list[str]) -> None:
     warnings.append(text)
 
 
-def find_model(model: str, variant: str | None) -> tuple[Spec, Path | None, ModelError | None]:
+def find_model(
+    model: str, variant: str | None, components: str | None = None
+) -> tuple[Spec, Path | None, ModelError | None]:
     """Spec and folder; for a published model that is not here, its Spec and what to say later."""
     try:
-        return *locate(model, variant=variant), None
+        return *locate(model, variant=variant, components=components), None
     except ModelError as error:
         spec = known(model)
         if spec is None:

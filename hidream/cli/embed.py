@@ -53,7 +53,9 @@ def run(argv: list[str]) -> int:
         raise InputError(f"{output} exists already.", "Choose another name, or say --overwrite.")
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output.parent} is not a folder.", "Make it first.")
-    spec, folder = locate(arguments.model or "i1-full", variant=arguments.variant)
+    spec, folder = locate(
+        arguments.model or "i1-full", variant=arguments.variant, components=arguments.components
+    )
     if spec.family == "o1" or transformer_folder(folder) is None:
         raise UsageError(f"{spec.name} has no text encoders.", "Name an I1 or E1: -m i1-full.")
 

@@ -41,6 +41,7 @@ def load_pipeline(
         variant=arguments.variant,
         llama=arguments.llama,
         refiner=arguments.refiner,
+        components=arguments.components,
         text_encoders=text_encoders,
     )
 

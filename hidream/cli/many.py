@@ -84,14 +84,14 @@ def draw_many(
     lines = read_prompt_file(arguments.prompt_file)
     model, where = _model(arguments.model, lines)
     with located(where):
-        spec, path, missing = find_model(model, arguments.variant)
+        spec, path, missing = find_model(model, arguments.variant, arguments.components)
     told = Told()
     if path is not None and arguments.variant is None and variant_is_assumed(spec, path):
         told.add("", [f"{path} does not say its variant: full is assumed (--variant dev)."])
     asked = [_asked(line, given, spec, needs_reference) for line in lines]
     paths = _paths(arguments, [request.seeds for request in asked])
 
-    folder = open_model(path) if path is not None else None
+    folder = open_model(path, spec.file) if path is not None else None
     checks = _Checks(arguments, spec, folder, told)
     orders = [
         checks.order(line.where, request, places)

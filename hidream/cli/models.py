@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hidream.cli import console
-from hidream.cli.arguments import Parser, add_json
+from hidream.cli.arguments import Parser, add_components, add_json
 from hidream.errors import ModelError, UsageError
-from hidream.folder import fetch, locate, published, read_config
+from hidream.folder import fetch, holds_transformer, locate, open_file, published, read_config
 from hidream.registry import SPECS, VARIANTS, Spec, find, known, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ HELP = """\
 usage: hidream models [list | info | verify | pull | convert] ...
 
   list                            the models by name, and which are on this machine
-  info NAME_OR_FOLDER [--tensors] sizes, defaults, licence; every tensor's name and shape
+  info NAME_OR_FOLDER [--tensors] sizes, defaults, licence; every tensor's name and shape; of a
+                                  single file what its header tells
   verify NAME_OR_FOLDER           check headers, names, shapes and values
   pull NAME_OR_HUB_ID [--to DIR]  download a model (safetensors, configuration, tokenizer)
   convert IN.pt OUT               a PyTorch pickle of Hi-DiT's kind becomes safetensors
@@ -81,16 +83,13 @@ def _info(argv: list[str]) -> int:
     parser.add_argument("--tensors", action="store_true", help="every tensor's name and shape")
     add_json(parser)
     arguments = parser.parse(argv)
+    if Path(arguments.model).expanduser().is_file():
+        return _info_of_file(arguments.model, tensors=arguments.tensors, as_json=arguments.json)
     spec, folder, config = _described(arguments.model, arguments.variant)
 
     shapes = _shapes(config)
     if arguments.tensors:
-        if arguments.json:
-            console.show_compact({"tensors": shapes})
-        else:
-            for name, shape in shapes.items():
-                print(f"{name}  {list(shape)}")
-        return 0
+        return _show_tensors(shapes, as_json=arguments.json)
     found: dict[str, Any] = {
         "name": spec.name,
         "repo": spec.repo,
@@ -105,7 +104,38 @@ def _info(argv: list[str]) -> int:
         "defaults": asdict(spec.defaults),
         "defaults_by_task": {task: asdict(d) for task, d in spec.defaults_by_task.items()},
     }
-    if arguments.json:
+    return _show(found, as_json=arguments.json)
+
+
+def _info_of_file(file: str, *, tensors: bool, as_json: bool) -> int:
+    """What the header of a single file tells: it holds no configuration."""
+    opened = open_file(file)
+    if tensors:
+        shapes = {name: list(info.shape) for name, info in opened.tensors.items()}
+        return _show_tensors(shapes, as_json=as_json)
+    is_ours = holds_transformer(opened)
+    found = {
+        "file": file,
+        "holds": "an I1's or E1's transformer" if is_ours else "tensors",
+        "prefix": opened.prefix,
+        "num_params": opened.num_params,
+        "num_tensors": len(opened.tensors),
+        "dtypes": dict(Counter(info.dtype for info in opened.tensors.values())),
+    }
+    return _show(found, as_json=as_json)
+
+
+def _show_tensors(shapes: Mapping[str, list[int]], *, as_json: bool) -> int:
+    if as_json:
+        console.show_compact({"tensors": shapes})
+        return 0
+    for name, shape in shapes.items():
+        print(f"{name}  {list(shape)}")
+    return 0
+
+
+def _show(found: Mapping[str, Any], *, as_json: bool) -> int:
+    if as_json:
         console.show(found)
         return 0
     for name, value in found.items():
@@ -121,9 +151,10 @@ def _info(argv: list[str]) -> int:
 def _verify(argv: list[str]) -> int:
     parser = Parser("models verify", "Check a model's headers, names, shapes and values.")
     parser.add_argument("model", metavar="NAME_OR_FOLDER")
+    add_components(parser)
     add_json(parser)
     arguments = parser.parse(argv)
-    spec, path = locate(arguments.model)
+    spec, path = locate(arguments.model, components=arguments.components)
 
     from safetensors import safe_open
 
@@ -136,7 +167,7 @@ def _verify(argv: list[str]) -> int:
     else:
         from hidream.models.i1.repository import verify_repository
 
-        parts = verify_repository(path, edits=spec.family == "e1")
+        parts = verify_repository(path, spec.file, edits=spec.family == "e1")
         if "vae" in parts and "text_encoder_4" not in parts:
             console.say("Llama is published elsewhere, and was not looked at.")
     files = sorted({info.file for folder in parts.values() for info in folder.tensors.values()})
@@ -152,7 +183,7 @@ def _verify(argv: list[str]) -> int:
                         "The file is damaged, or the training run that wrote it diverged.",
                     )
     found = {
-        "folder": str(path),
+        "folder": str(spec.file or path),
         "ok": True,
         "num_files": len(files),
         "num_tensors": sum(len(folder.tensors) for folder in parts.values()),
@@ -163,9 +194,10 @@ def _verify(argv: list[str]) -> int:
     if arguments.json:
         console.show(found)
     else:
+        read = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         print(
-            f"{path} is whole: {found['num_tensors']} tensors, {found['num_params']} values, "
-            f"{console.size(num_bytes)}" + (f" ({', '.join(parts)})." if len(parts) > 1 else ".")
+            f"{found['folder']} is whole: {found['num_tensors']} tensors, {found['num_params']} "
+            f"values, {console.size(num_bytes)}{read}."
         )
     return 0
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
-from hidream.folder import REFINER, components_folder, find_refiner
+from hidream.folder import REFINER, components_folder, find_refiner, transformer_config
 from hidream.memory import AUTO, Policy
 from hidream.models.e1 import target_description
+from hidream.models.i1.config import I1Config
 from hidream.models.i1.embeddings import check_embeddings, load_embeddings
 from hidream.models.i1.model import I1, Features
 from hidream.models.i1.text import TextEncoders, Texts, texts_of
@@ -55,7 +56,9 @@ class I1Pipeline(Pipeline):
         folder: Path,
         options: LoadOptions,
     ) -> I1Pipeline:
-        config = open_i1(folder)[1]
+        weights = spec.file or folder
+        given = I1Config.from_dict(transformer_config(folder)) if spec.file else None
+        config = open_i1(weights, given)[1]
         parts = components_folder(spec, folder, options.refiner)
         device, dtype, policy = options.device, options.dtype, options.policy
         encoders = TextEncoders({}, device=device, dtype=dtype)
@@ -72,7 +75,7 @@ class I1Pipeline(Pipeline):
             encoders.check(config)
         codec = LatentCodec.open(parts / "vae", device=device, dtype=dtype, keep=not policy.lends)
         check_channels(parts, codec.channels, config.in_channels)
-        model = load_i1(folder, device=device, dtype=dtype, memory=policy)
+        model = load_i1(weights, config=config, device=device, dtype=dtype, memory=policy)
         return cls(spec, model, encoders, codec, options.refiner, folder)
 
     @property

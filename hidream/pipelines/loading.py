@@ -25,11 +25,14 @@ def load(
     prefix_bytes: int = MAX_KEPT,
     llama: str | Path | None = None,
     refiner: str | Path = REFINER,
+    components: str | Path | None = None,
     text_encoders: bool = True,
 ) -> Pipeline:
     """A model ready to be called.
 
-    `model`: a name ("o1-nano"), a hub id, or a folder in the published layout. `device`: auto,
+    `model`: a name ("o1-nano"), a hub id, a folder in the published layout, or a single file of an
+    I1's or E1's transformer (diffusers' or ComfyUI's names) with `components`, the model by name,
+    hub id or folder whose configuration, text encoders and VAE go with it. `device`: auto,
     cpu, cuda or mps. `dtype`: fp32 on a CPU and bf16 elsewhere unless given. `variant` ("full",
     "dev", "fast") is for published folders that do not say theirs. `prefix_bytes`: how much of
     the prompts and references that were read may stay in memory for later calls; 0 keeps nothing.
@@ -47,7 +50,7 @@ def load(
     policy = find_policy(memory)
     chosen_device = find_device(device)
     chosen_dtype = find_dtype(dtype, chosen_device)
-    spec, folder = locate(str(model), variant=variant)
+    spec, folder = locate(str(model), variant=variant, components=components)
     if llama is not None and spec.family == "o1":
         raise UsageError(f"{spec.name} has no Llama.", "Leave it out.")
     module, name = spec.pipeline.split(":")

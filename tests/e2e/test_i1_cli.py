@@ -17,10 +17,12 @@ from hidream.cli.main import main
 from hidream.memory import POLICIES
 from hidream.models.i1.config import I1_TINY
 from hidream.models.i1.text import TextEncoders
+from hidream.pipelines import load
 from tests import tiny_i1
 
 FEW = ("--steps", "2", "--seed", "7")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILE = f"./i1/transformer/{WEIGHTS}"
 SUBJECT = ("--subject-mask", "mask.png", "--background", "a.png")
 
 
@@ -235,6 +237,18 @@ def test_a_composite_that_is_not_drawn_leaves_nothing(place, flags):
             2,
             "--variant dev: e1-1 is full",
         ),
+        (("generate", "x", "-m", "./i1", "--components", "./i1"), 2, "is for a single file"),
+        (("generate", "x", "-m", FILE), 2, "--components i1-full"),
+        (("generate", "x", "-m", FILE, "--components", "o1-nano"), 2, "is no I1 or E1"),
+        (("generate", "x", "-m", "./i1/vae/" + WEIGHTS), 4, "holds no I1 or E1"),
+        (
+            ("generate", "x", "-m", "./mask.png", "--components", "./i1"),
+            4,
+            "not a safetensors file",
+        ),
+        (("generate", "x", "-m", FILE, "--components", "i1-full"), 4, "hidream models pull"),
+        (("models", "info", "./mask.png"), 4, "is not a safetensors file"),
+        (("models", "verify", FILE), 2, "--components i1-full"),
         (("composite", "a.png", "x", *SUBJECT, "--place", "nan,0.5"), 2, "is no place"),
         (("composite", "a.png", "x", *SUBJECT, "--scale", "inf"), 2, "not a number above 0"),
         (("composite", "a.png", "x", "--subject-mask", "a.png", "--background", "none.png"), 3, ""),
@@ -312,6 +326,56 @@ def test_verify_reads_values_and_shapes_of_every_part(place, folders, capsys, fi
     told = capsys.readouterr().err
     assert name in told
     assert ("wrong shape" if flaw == "shape" else "not finite") in told
+
+
+@pytest.fixture
+def comfy(place, folders):
+    """A tiny I1's transformer in one file with ComfyUI's names; `parts` is the rest of it."""
+    tensors = load_file(folders / "i1" / "transformer" / WEIGHTS)
+    save_file({f"model.diffusion_model.{n}": t for n, t in tensors.items()}, "comfy.safetensors")
+    shutil.copytree(folders / "i1", place / "parts")
+    (place / "parts" / "transformer" / WEIGHTS).unlink()
+    return ["-m", "comfy.safetensors", "--components", "./parts"]
+
+
+def test_a_single_file_draws_as_its_folder(place, comfy, capsys):
+    assert main(["generate", "a tree", "-m", "./i1", *FEW, "-o", "one.png"]) == 0
+    assert main(["generate", "a tree", *comfy, *FEW, "-o", "two.png"]) == 0
+    assert main(["generate", "a tree", *comfy, *FEW, "-o", "three.png", "--memory", "stream"]) == 0
+    (place / "lines.txt").write_text("a tree\n")
+    many = ["--prompt-file", "lines.txt", "-o", "four.png"]
+    assert main(["generate", *comfy, *FEW, *many]) == 0
+    assert main(["embed", "a tree", *comfy, "-o", "tree.safetensors"]) == 0
+    embedded = ["--embeddings", "tree.safetensors", "-n", ""]
+    assert main(["generate", *comfy, *FEW, *embedded, "-o", "five.png"]) == 0
+    assert main(["generate", "--from", "two.png", *comfy[2:], "-o", "six.png"]) == 0
+    for name in ("two", "three", "four", "five", "six"):
+        assert (pixels("one.png") == pixels(f"{name}.png")).all()
+    capsys.readouterr()
+    assert main(["generate", "a tree", *comfy, "--variant", "fast", "--dry-run", "--json"]) == 0
+    request = json.loads(capsys.readouterr().out)["request"]
+    assert (request["model"], request["num_inference_steps"]) == ("comfy.safetensors", 16)
+
+
+def test_a_single_file_from_python(place, comfy):
+    asked = {"num_inference_steps": 2, "seed": 7, "negative_prompt": "blur"}
+    whole = load("./i1", device="cpu")("a tree", **asked).images[0]
+    pipe = load(place / comfy[1], device="cpu", components=place / "parts")
+    assert (np.asarray(pipe("a tree", **asked).images[0]) == np.asarray(whole)).all()
+
+
+def test_a_single_file_is_described_and_verified(place, comfy, capsys):
+    assert main(["models", "info", "./i1", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert main(["models", "info", comfy[1], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_params"] == whole["num_params"]
+    assert found["prefix"] == "model.diffusion_model."
+    assert found["dtypes"] == {"F32": found["num_tensors"]}
+    assert main(["models", "info", comfy[1], "--tensors"]) == 0
+    assert "\nx_embedder.proj.weight  [" in capsys.readouterr().out
+    assert main(["models", "verify", *comfy[1:]]) == 0
+    assert "comfy.safetensors is whole" in capsys.readouterr().out
 
 
 def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(place, capsys):

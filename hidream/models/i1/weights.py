@@ -54,9 +54,12 @@ def open_i1(path: str | Path, config: I1Config | None = None) -> tuple[Folder, I
     return folder, config or I1Config.from_dict(folder.config)
 
 
-def verify_i1(path: str | Path) -> Folder:
-    """Check a checkpoint's configuration, headers, names and shapes; reads no weights."""
-    folder, config = open_i1(path)
+def verify_i1(path: str | Path, config: I1Config | None = None) -> Folder:
+    """Check a checkpoint's headers, names and shapes against its configuration, or `config`.
+
+    No weights are read.
+    """
+    folder, config = open_i1(path, config)
     check_tensors(folder, shapes_of(config))
     return folder
 
