@@ -344,7 +344,8 @@ def check_ability(spec: Spec, request: GenerateRequest) -> None:
     """UsageError for a resolved request that is not this model's to fulfil."""
     area = (request.width or 0) * (request.height or 0)
     too_large = spec.max_area is not None and area > spec.max_area
-    if too_large and not (spec.family == "i1" and request.init_image is not None):
+    in_tiles = any(getattr(request, name) is not None for name in ("init_image", "mask", "expand"))
+    if too_large and not in_tiles:
         side = math.isqrt(spec.max_area or 0)
         raise UsageError(
             f"{request.width}x{request.height} is more than {spec.name} draws at once: "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from hidream.models.o1.patches import to_picture, to_tensor
 from hidream.models.vae import LatentCodec
 from hidream.pipelines.base import Counter, OnStep
 from hidream.pipelines.jobs import Job, keeping, sampler_of, sigmas_of, source_pixels, with_kept
-from hidream.tiling import join, seamless, split, wrap
+from hidream.tiling import Tile, join, seamless, split, wrap
 
 MARGIN = 8  # latents, beyond which a decoder's borders are not seen
 
@@ -92,12 +93,11 @@ def denoise_latents(
             if job.edited is not None
         }
         edited = torch.cat([coded[id(job.edited)] for job in jobs])
-    work_of = _in_tiles if _is_large(model, whole) else _guided
-    denoise = told(work_of(model, whole, edited))
+    denoise = told(_velocity(model, whole, edited))
     if refiner is not None:
         finals = [replace(job, texts=job.target or job.texts) for job in jobs]
         num_first = edit_steps(len(sigmas) - 1, request.refine_strength or 0.0)
-        finish = _guided(refiner, replace(whole, jobs=finals), None)
+        finish = _velocity(refiner, replace(whole, jobs=finals), None)
         denoise = sampling.in_two_phases(denoise, told(finish), sigmas, num_first)
     if request.tile:
         denoise = seamless(denoise, sigmas.tolist(), model.config.patch_size)
@@ -145,13 +145,37 @@ class _Work:
     cancel: CancelToken | None
 
 
-def _guided(model: I1, work: _Work, sources: Tensor | None) -> sampling.Denoise:
-    """The jobs' velocity, all branches at once: two of a prompt, three of an edit (`sources`)."""
+def _velocity(model: I1, work: _Work, sources: Tensor | None) -> sampling.Denoise:
+    """The jobs' velocity; an edit's `sources` stand beside the picture.
+
+    What is larger than the network takes comes in tiles as large as it can. They are squares, but
+    where the picture is narrower: there they are as wide as it is. An edit's tile sees its own part
+    of the source.
+    """
+    request = work.jobs[0].request
+    scale, norm = request.guidance_scale or 0.0, request.clip_cfg_norm is not False
+    rows = sampling.edit_rows(scale, norm) if sources is not None else text_rows(scale)
+    unit = model.config.patch_size
+    most = model.config.max_patches // (1 if sources is None else 2)
+    if math.prod(work.size) // unit**2 <= most:
+        return _guided(model, work, _read(model, work, rows, sources), edits=sources is not None)
+    side = math.isqrt(most) * unit
+    tiles = split(work.size, side, side // 4 // unit * unit, unit)
+    part = replace(work, size=(tiles[0].rows.stop, tiles[0].columns.stop))
+    if sources is None:
+        same = _guided(model, part, _read(model, part, rows, None))
+        return _blended([same] * len(tiles), tiles, work.size)
+    first = _read(model, part, rows, tiles[0].of(sources))
+    beside = _beside(rows, work.jobs, sources)
+    prefixes = [model.with_source(first, tile.of(beside)) for tile in tiles]
+    denoises = [_guided(model, part, prefix, edits=True) for prefix in prefixes]
+    return _blended(denoises, tiles, work.size)
+
+
+def _guided(model: I1, work: _Work, together: Prefix, *, edits: bool = False) -> sampling.Denoise:
+    """The jobs' velocity, all branches at once: two of a prompt, three of an edit."""
     request, num_jobs = work.jobs[0].request, len(work.jobs)
     scale, interval = request.guidance_scale or 0.0, request.guidance_interval or (0.0, 1.0)
-    norm = request.clip_cfg_norm is not False
-    rows = sampling.edit_rows(scale, norm) if sources is not None else text_rows(scale)
-    together = _read(model, work, rows, sources)
     alone = together.take(range(len(together) - num_jobs, len(together)))  # the last row
 
     def velocity(x_t: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
@@ -170,36 +194,28 @@ def _guided(model: I1, work: _Work, sources: Tensor | None) -> sampling.Denoise:
         v_none, v_source, v_both = velocity(torch.cat([x_t] * 3), sigma, together).chunk(3)
         return v_none, v_source, v_both
 
-    if sources is None:
+    if not edits:
         return sampling.cfg_batched(full, both, scale, interval)
     return sampling.edit_cfg(
         full,
         all_three,
         scale,
         request.image_guidance_scale or 0.0,
-        clip_cfg_norm=norm,
+        clip_cfg_norm=request.clip_cfg_norm is not False,
         interval=interval,
     )
 
 
-def _is_large(model: I1, work: _Work) -> bool:
-    height, width = work.size
-    return height * width // model.config.patch_size**2 > model.config.max_patches
-
-
-def _in_tiles(model: I1, work: _Work, sources: Tensor | None) -> sampling.Denoise:
-    """The velocity of a picture that is too large for the network, from tiles as large as it can.
-
-    Tiles are squares, but where the picture is narrower: there they are as wide as it is.
-    """
-    unit = model.config.patch_size
-    side = math.isqrt(model.config.max_patches) * unit
-    tiles = split(work.size, side, side // 4 // unit * unit, unit)
-    size = (tiles[0].rows.stop, tiles[0].columns.stop)
-    denoise = _guided(model, replace(work, size=size), sources)
+def _blended(
+    denoises: Sequence[sampling.Denoise], tiles: Sequence[Tile], size: tuple[int, int]
+) -> sampling.Denoise:
+    """The velocity of a picture of `size` (height, width) from that of each of its tiles."""
 
     def blended(x_t: Tensor, sigma: Tensor) -> Tensor:
-        return join([denoise(tile.of(x_t), sigma) for tile in tiles], tiles, work.size)
+        parts = [
+            denoise(tile.of(x_t), sigma) for denoise, tile in zip(denoises, tiles, strict=True)
+        ]
+        return join(parts, tiles, size)
 
     return blended
 
@@ -234,6 +250,14 @@ def _read(model: I1, work: _Work, rows: Sequence[sampling.Row], sources: Tensor 
         sparsity=jobs[0].request.sparsity or 0.0,
     )
     return prefix.take([distinct.index(item) for item in asked])
+
+
+def _beside(
+    rows: Sequence[sampling.Row], jobs: Sequence[LatentJob], sources: Tensor
+) -> Float[Tensor, "b c h w"]:
+    """What stands beside every job's picture in every row, row by row: its source, or nothing."""
+    own = torch.stack([sources[_place_of_edited(jobs, i)] for i in range(len(jobs))])
+    return torch.cat([own if row.source else torch.zeros_like(own) for row in rows])
 
 
 def _place_of_edited(jobs: Sequence[LatentJob], i: int) -> int:

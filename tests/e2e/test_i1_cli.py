@@ -73,6 +73,8 @@ def test_a_picture_says_how_to_make_it_again(place, capsys):
     [
         ("edit", "a.png", "a tree", "-m", "./i1", "--mask", "mask.png"),
         ("edit", "a.png", "more", "-m", "./i1", "--size", "128x128", "--mask", "mask.png"),
+        ("edit", "a.png", "more", "-m", "./i1", "--expand", "0,0,32,0"),
+        ("edit", "a.png", "more", "-m", "./e1", "--expand", "0,0,32,0"),
         ("generate", "a tree", "-m", "./i1", "--init", "a.png", "--strength", "0.5"),
         ("generate", "a tree", "-m", "./i1", "--init", "a.png", "--size", "160x128"),
         ("generate", "a tree", "-m", "./i1", "--tile"),
@@ -92,6 +94,9 @@ def test_every_verb(place, flags, capsys):
     if "mask.png" in flags and flags[0] == "edit":
         kept = pixels("mask.png") == 0
         assert (made[kept] == pixels("a.png")[kept]).all()
+    if "--expand" in flags:
+        assert (made[:, :128] == pixels("a.png")).all()
+        assert made.shape == (128, 160, 3)
 
 
 def test_embeddings_stand_for_the_encoders(place, capsys):

@@ -175,6 +175,27 @@ def test_growing(pipe):
     assert levels(image.crop((0, 0, 64, 64)), source) == 0
 
 
+def test_growing_a_picture_of_the_native_size(pipe, seen):
+    """The canvas is more than the network takes: it is drawn in tiles."""
+    source = picture(4)
+    (image,) = pipe("more", references=(source,), expand=(32, 0, 64, 16), **FEW).images
+    assert image.size == (224, 144)
+    assert levels(image.crop((32, 0, 160, 128)), source) == 0
+    assert np.asarray(image.crop((160, 0, 224, 144))).std() > 1
+    assert {prefix.grid for *_, prefix in seen} == {(8, 8)}
+
+
+def test_a_mask_in_a_picture_beyond_the_limit(pipe):
+    source = picture(3, (256, 128))
+    mask = Image.new("L", source.size)
+    mask.paste(255, (112, 32, 176, 96))
+    fields = {"mask": mask, "width": 256, "height": 128}
+    (image,) = pipe("a tree", references=(source,), **fields, **FEW).images
+    changed = np.abs(np.asarray(image, int) - np.asarray(source, int)).max(axis=2) > 0
+    assert not changed[np.asarray(mask) == 0].any()
+    assert changed[np.asarray(mask) == 255].mean() > 0.9
+
+
 def test_a_picture_is_made_larger_in_tiles(pipe, seen):
     """Beyond the network's limit: every call is of tiles, and with an exact one they agree."""
     small = picture(4)
@@ -415,6 +436,27 @@ def test_an_editor_keeps_what_its_mask_forbids(editor):
     mask.paste(255, (0, 0, 64, 128))
     (image,) = editor("redden", references=(source,), mask=mask, **FEW).images
     assert levels(image.crop((64, 0, 128, 128)), source.crop((64, 0, 128, 128))) == 0
+
+
+def test_an_editor_grows_a_picture_of_the_native_size(editor, seen):
+    """Every tile sees its own part of the source, as if that were all there is."""
+    source = picture(4)
+    fields = {"references": (source,), "expand": (0, 0, 64, 0), "refine_strength": 0.4}
+    (image,) = editor("more", **fields, **FEW).images
+    assert image.size == (192, 128)
+    assert levels(image.crop((0, 0, 128, 128)), source) == 0
+    assert {prefix.grid for *_, prefix in seen} == {(8, 8)}
+    canvas = Image.new("RGB", image.size, (127, 127, 127))
+    canvas.paste(source)
+    coded = editor.codec.encode(latents.to_tensor(canvas)[None])
+    tiles = [prefix.source for network, _, _, prefix in seen[:2]]
+    for left, beside in zip((0, 8), tiles, strict=True):
+        part = coded[..., left : left + 16]
+        wanted = editor.model.x_embedder(editor.model._patches(part))
+        assert torch.allclose(beside[2], wanted[0], atol=1e-4)
+        assert not torch.allclose(beside[0], wanted[0], atol=1e-4)  # none
+    refined = seen[-1][3]
+    assert refined.source.shape[1] == 0
 
 
 # -- loading ---------------------------------------------------------------------------------------

@@ -254,18 +254,15 @@ class I1(nn.Module):
             grid=(rows, columns),
             num_pads=num_pads,
         )
-        if source is not None:
-            if source.shape[-2:] != (height, width):
-                raise ValueError("the source's latents must be of the picture's size")
-            prefix = replace(prefix, source=self.x_embedder(self._patches(source.to(like))))
         blocks = Blocks.of(
             (rows, columns), sparsity, num_grids=1 + (source is not None), device=like.device
         )
         if blocks is not None:
             order, (cos, sin) = blocks.order, prefix.rope
             both = torch.cat([order + i * len(order) for i in range(blocks.num_grids)])
-            kept = prefix.source[:, order] if source is not None else prefix.source
-            prefix = replace(prefix, source=kept, rope=(cos[both], sin[both]), blocks=blocks)
+            prefix = replace(prefix, rope=(cos[both], sin[both]), blocks=blocks)
+        if source is not None:
+            prefix = self.with_source(prefix, source)
         if sigmas is not None:
             time = sigmas.to(like.device)[:, None]  # (steps, 1) beside (b, d)
             prefix = replace(
@@ -274,6 +271,18 @@ class I1(nn.Module):
                 modulations=self.modulations(time, prefix.pooled),
             )
         return prefix
+
+    def with_source(self, prefix: Prefix, source: Float[Tensor, "b c h w"]) -> Prefix:
+        """The prefix with other clean latents to edit, of the picture's size, in place of its own.
+
+        Raises ValueError where they are of another size.
+        """
+        size = tuple(side * self.config.patch_size for side in prefix.grid)
+        if source.shape[-2:] != size:
+            raise ValueError("the source's latents must be of the picture's size")
+        patches = self.x_embedder(self._patches(source.to(self.x_embedder.proj.weight)))
+        kept = patches if prefix.blocks is None else patches[:, prefix.blocks.order]
+        return replace(prefix, source=kept)
 
     def modulations(self, sigma: Float[Tensor, "*#b"], pooled: Float[Tensor, "b d"]) -> Modulations:
         """Every block's shifts, scales and gates: of one sigma, one a row, or (steps, 1) of them.
