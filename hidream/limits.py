@@ -149,6 +149,13 @@ def aspect_size(source: tuple[int, int], area: int, patch_size: int) -> tuple[in
     return max(fitting, key=math.prod) if fitting else min(sizes, key=math.prod)
 
 
+def halved(source: tuple[int, int], side: int) -> tuple[int, int]:
+    """A size halved as often as neither side falls below `side`, as E1.1's script does first."""
+    while min(source) >= 2 * side:
+        source = source[0] // 2, source[1] // 2
+    return source
+
+
 def check_area(width: int, height: int) -> None:
     """Raise UsageError where the picture is absurdly large."""
     if width * height > MAX_AREA:

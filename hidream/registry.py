@@ -33,6 +33,8 @@ class Defaults:
     deviation of the first state (and of flash's step noise); `width` and `height` are pixels and
     give the native area. `hires_strength` is the strength at which an initial picture is drawn
     larger than that. `sparsity` is above 0 only for a checkpoint that was tuned for it.
+    `published_edit` is what an edit's own script, which `as_published` follows, does with a source:
+    "stretch" it to the native size, or "crop" its middle to about the native area.
     """
 
     num_inference_steps: int
@@ -47,6 +49,7 @@ class Defaults:
     width: int = 2048
     height: int = 2048
     sparsity: float = 0.0
+    published_edit: Literal["stretch", "crop"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +110,21 @@ _I1 = Defaults(
     height=1024,
 )
 _I1_DISTILLED = replace(_I1, guidance_scale=0.0, sampler="flash")
-_E1_FULL = replace(_I1, num_inference_steps=28, image_guidance_scale=4.0, width=768, height=768)
-_E1_1 = replace(_I1, num_inference_steps=28, guidance_scale=3.0, image_guidance_scale=1.5)
+_E1_FULL = replace(
+    _I1,
+    num_inference_steps=28,
+    image_guidance_scale=4.0,
+    width=768,
+    height=768,
+    published_edit="stretch",
+)
+_E1_1 = replace(
+    _I1,
+    num_inference_steps=28,
+    guidance_scale=3.0,
+    image_guidance_scale=1.5,
+    published_edit="crop",
+)
 
 
 def _latent(
@@ -360,6 +376,8 @@ def _overlaid(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
             good = value is None or _number(value)
         elif item.name in ("num_inference_steps", "width", "height"):
             good = isinstance(value, int) and value > 0
+        elif item.name == "published_edit":
+            good = value in (None, "stretch", "crop")
         elif item.name == "sparsity":
             good = _number(value) and 0 <= value < 1
         else:

@@ -29,6 +29,7 @@ from hidream.limits import (
     check_sigmas,
     check_sparsity,
     clean_prompt,
+    halved,
     is_picture,
     read_layout,
     size_error,
@@ -83,6 +84,8 @@ class GenerateRequest:
     of it (`hidream embed`), so that they are not needed. `as_published` does as the models' own
     pipelines do: it scales the size to the native area, shows the network whole timesteps, keeps
     latents in its dtype and takes the steps' noise from torch's own generator, whatever the seed.
+    Edits then follow E1's own scripts: E1-Full stretches the source to its square, E1.1 crops its
+    middle to about a megapixel, and the result is stretched to the source's own size.
     Of E1: `image_guidance_scale` leads towards the source, `clip_cfg_norm` keeps the guided
     velocity no longer than the unguided one, and `refine_strength` is the share of the steps that
     an I1 takes, after the others.
@@ -283,6 +286,8 @@ def resolve(
     elif expand is not None and source_size is not None:
         expand = fit_expand(source_size, expand, patch_size, snap=request.snap == "nearest")
         width, height = _canvas(request, source_size, expand)
+    elif request.as_published and defaults.published_edit is not None:
+        width, height = _published_size(defaults, patch_size, source_size)
     else:
         width, height = _resolved_size(request, defaults, patch_size, source_size, keep_aspect)
         native = defaults.width * defaults.height
@@ -355,6 +360,12 @@ def check_ability(spec: Spec, request: GenerateRequest) -> None:
         )
     if "subject" not in spec.tasks:
         _check_references(spec, request)
+    if request.as_published and spec.defaults.published_edit is not None:
+        for name in ("mask", "init_image", "expand"):
+            if getattr(request, name) is not None:
+                raise UsageError(
+                    f"as_published: {spec.name}'s own script knows no {name}.", "Leave one out."
+                )
     for name, family, whose in _OF_FAMILIES:
         if spec.family not in family and getattr(request, name) not in (None, (), False):
             raise UsageError(
@@ -463,6 +474,16 @@ def _resolved_size(
         raise UsageError(problem, "Or snap to the nearest with --snap nearest.")
     check_area(width, height)
     return width, height
+
+
+def _published_size(
+    defaults: Defaults, patch_size: int, source_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The size at which an edit's own script draws, whatever is asked for."""
+    if defaults.published_edit == "stretch" or source_size is None:
+        return defaults.width, defaults.height
+    area = defaults.width * defaults.height
+    return aspect_size(halved(source_size, math.isqrt(area)), area, patch_size)
 
 
 def _resolved_sheet(

@@ -1,4 +1,4 @@
-"""E1: what its instructions look like, and where its refinement begins.
+"""E1: what its instructions look like, what its scripts edit, and where its refinement begins.
 
 The network is I1's, with the source beside the picture; its three-row guidance is in
 `sampling.editing`.
@@ -6,7 +6,13 @@ The network is I1's, with the source beside the picture; its three-row guidance 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hidream.errors import InputError
+from hidream.limits import halved
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _INSTRUCTION, _TARGET = "Editing Instruction:", "Target Image Description:"
 
@@ -29,6 +35,29 @@ def target_description(prompt: str) -> str | None:
     The refinement draws by it; without one it reads the whole prompt.
     """
     return prompt.partition(_TARGET)[2].strip() or None
+
+
+def published_source(
+    picture: Image.Image, size: tuple[int, int], how: str, native_side: int
+) -> Image.Image:
+    """The source as E1's own scripts show it, at `size` (width, height).
+
+    E1-Full's ("stretch") forgets the aspect. E1.1's ("crop") halves a picture of twice the native
+    side or more, makes it as small as it can be around `size`, and keeps the middle.
+    """
+    from PIL import Image
+
+    if how == "stretch":
+        return picture.resize(size, Image.Resampling.BICUBIC)
+    target = halved(picture.size, native_side)
+    while picture.size != target:
+        half = picture.width // 2, picture.height // 2
+        picture = picture.resize(half, Image.Resampling.BOX)
+    scale = min(there / here for there, here in zip(picture.size, size, strict=True))
+    around = round(picture.width / scale), round(picture.height / scale)
+    left, top = (around[0] - size[0]) // 2, (around[1] - size[1]) // 2
+    whole = picture.resize(around, Image.Resampling.BICUBIC)
+    return whole.crop((left, top, left + size[0], top + size[1]))
 
 
 def edit_steps(num_steps: int, refine_strength: float) -> int:

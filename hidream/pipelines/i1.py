@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
@@ -12,7 +13,7 @@ from PIL import Image
 from hidream.cancel import CancelToken
 from hidream.folder import REFINER, components_folder, find_refiner, transformer_config
 from hidream.memory import AUTO, Policy
-from hidream.models.e1 import target_description
+from hidream.models.e1 import published_source, target_description
 from hidream.models.i1.config import I1Config
 from hidream.models.i1.embeddings import check_embeddings, load_embeddings
 from hidream.models.i1.model import I1, Features
@@ -128,6 +129,18 @@ class I1Pipeline(Pipeline):
             given[found.negative_texts] = found.negative
         return given
 
+    def _edited(
+        self, request: GenerateRequest, source: Image.Image
+    ) -> tuple[Image.Image, tuple[int, int] | None]:
+        """The source at the size at which it is edited, and what the result is stretched to."""
+        defaults = self.spec.defaults_for(request.task)
+        how = defaults.published_edit if request.as_published else None
+        if how is None:
+            return resized(source, request), None
+        size = (request.width or 1, request.height or 1)
+        side = math.isqrt(defaults.width * defaults.height)
+        return published_source(source, size, how, side), source.size
+
     def _refining(self) -> I1:
         """The I1 that finishes edits. Its own weights: the LoRAs are the editor's."""
         if self._refiner is None:
@@ -144,9 +157,9 @@ class I1Pipeline(Pipeline):
         references, source = find_source(request, references, initial)
         texts, negative = texts_of(request)
         given = self._given(request)
-        edited = target = None
+        edited = target = final_size = None
         if self.spec.family == "e1":
-            edited = resized(references[0], request)
+            edited, final_size = self._edited(request, references[0])
         if request.refine_strength:
             find_refiner(self._refiner_name, self._folder)
             described = target_description(request.full_prompt)
@@ -154,7 +167,7 @@ class I1Pipeline(Pipeline):
         loras, told = self._loras(request, self.model)
         jobs = [
             LatentJob(
-                *(request, seed, texts, negative, edited, target, given),
+                *(request, seed, texts, negative, edited, target, given, final_size),
                 source=source,
                 loras=loras,
             )

@@ -31,7 +31,8 @@ class LatentJob(Job):
     """`texts` and `negative`: what the encoders read for the two branches.
 
     `edited`: the picture that an E1 changes, at the result's size; `target`: what an I1 then reads
-    to refine the result; `given`: what an embedding file says of some of these texts.
+    to refine the result; `given`: what an embedding file says of some of these texts; `final_size`:
+    the (width, height) that the picture is stretched to at last.
     """
 
     texts: Texts
@@ -39,6 +40,7 @@ class LatentJob(Job):
     edited: Image.Image | None = None
     target: Texts | None = None
     given: Mapping[Texts, Features] = field(default_factory=dict)
+    final_size: tuple[int, int] | None = None
 
 
 def denoise_latents(
@@ -118,7 +120,11 @@ def denoise_latents(
             pixels = pixels[..., edge:-edge, edge:-edge]
         else:
             pixels = codec.decode(latents)
-        return with_kept(map(to_picture, pixels), jobs)
+        pictures = with_kept(map(to_picture, pixels), jobs)
+        return [
+            picture.resize(job.final_size, Image.Resampling.BICUBIC) if job.final_size else picture
+            for picture, job in zip(pictures, jobs, strict=True)
+        ]
 
     def report(step: int, x_t: Tensor, x0: Tensor) -> None:
         if on_step is not None:

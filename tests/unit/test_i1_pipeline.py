@@ -430,6 +430,26 @@ def test_an_editor_needs_one_picture(editor, count):
         editor("x", references=tuple(picture(i) for i in range(count)), **FEW)
 
 
+@pytest.mark.parametrize("how", ["stretch", "crop"])
+def test_as_published_an_edit_has_its_sources_size(e1_folder, tmp_path, how, seen):
+    path = tmp_path / how
+    path.mkdir()
+    for part in e1_folder.iterdir():
+        (path / part.name).symlink_to(part)
+    tiny_i1.write_json(path / "hidream.json", {"published_edit": how})
+    editor = load(path, device="cpu")
+    source = picture(5, (200, 104))
+    out = editor("redden", references=(source,), as_published=True, **FEW)
+    drawn = {"stretch": (128, 128), "crop": (176, 80)}[how]
+    assert (out.request.width, out.request.height) == drawn
+    assert out.images[0].size == source.size
+    assert {prefix.grid for *_, prefix in seen} == {(drawn[1] // 16, drawn[0] // 16)}
+    (job,) = editor._plan(out.request).jobs
+    assert job.edited.size == drawn
+    plain = editor("redden", references=(source,), **FEW).images[0]
+    assert plain.size == (176, 80)
+
+
 def test_an_editor_keeps_what_its_mask_forbids(editor):
     source = picture(3)
     mask = Image.new("L", source.size)
