@@ -371,12 +371,32 @@ def _resolution(config: Mapping[str, Any]) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def find_refiner(name: str | Path, editor: Path | None = None) -> Path:
-    """The folder of the I1 that finishes E1's edits: those of the E1 in `editor`, if given.
+def check_parts(
+    spec: Spec,
+    *,
+    llama: str | Path | None = None,
+    refiner: str | Path | None = None,
+    text_encoders: bool = True,
+) -> None:
+    """UsageError where a part is named that a model does not have."""
+    if llama is not None and spec.family == "o1":
+        raise UsageError(f"{spec.name} has no Llama.", "Leave it out.")
+    if refiner is not None and spec.family != "e1":
+        raise UsageError(f"{spec.name} has no refiner: only E1's edits have one.", "Leave it out.")
+    if not text_encoders and spec.family == "o1":
+        raise UsageError(
+            f"{spec.name} has no text encoders that text_encoders=False could leave out.",
+            "Leave it at its default.",
+        )
+
+
+def find_refiner(name: str | Path | None = None, editor: Path | None = None) -> Path:
+    """The folder of the I1, `REFINER` unless another is named, that finishes E1's edits: those of
+    the E1 in `editor`, if given.
 
     Raises UsageError where the model is none or reads other latents or texts, and as `locate` does.
     """
-    spec, folder = locate(name)
+    spec, folder = locate(name or REFINER)
     if spec.family != "i1":
         raise UsageError(f"{spec.name} cannot refine E1's edits.", f"Use an I1, such as {REFINER}.")
     if editor is None:
@@ -391,7 +411,7 @@ def find_refiner(name: str | Path, editor: Path | None = None) -> Path:
     return folder
 
 
-def components_folder(spec: Spec, folder: Path, refiner: str | Path = REFINER) -> Path:
+def components_folder(spec: Spec, folder: Path, refiner: str | Path | None = None) -> Path:
     """Where a model's text encoders and VAE are: beside an I1's or E1's transformer.
 
     An E1 that was published without them has those of I1, the `refiner`; ModelError as `locate`.

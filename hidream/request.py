@@ -44,15 +44,16 @@ DEFAULT_STRENGTH = 0.6
 ENCODERS = ("clip_l", "clip_g", "t5", "llama")
 NO_PROMPT = " "  # the caption of the unconditional branch, as published
 
-# Fields that only some families' models can use, and what they are called.
-_OF_FAMILIES = (
-    ("image_guidance_scale", ("e1",), "E1's editing"),
-    ("clip_cfg_norm", ("e1",), "E1's editing"),
-    ("refine_strength", ("e1",), "E1's editing"),
-    ("encoder_prompts", ("i1", "e1"), "I1 and E1"),
-    ("embeddings", ("i1", "e1"), "I1 and E1"),
-    ("tile", ("i1",), "I1's textures"),
-    ("as_published", ("i1", "e1"), "I1 and E1"),
+# Fields that only some families' models can use, what these are called, and the value that asks
+# for nothing.
+_OF_FAMILIES: tuple[tuple[str, tuple[str, ...], str, Any], ...] = (
+    ("image_guidance_scale", ("e1",), "E1's editing", None),
+    ("clip_cfg_norm", ("e1",), "E1's editing", None),
+    ("refine_strength", ("e1",), "E1's editing", 0),
+    ("encoder_prompts", ("i1", "e1"), "I1 and E1", ()),
+    ("embeddings", ("i1", "e1"), "I1 and E1", None),
+    ("tile", ("i1",), "I1's textures", False),
+    ("as_published", ("i1", "e1"), "I1 and E1", False),
 )
 # Fields whose function comes with a later version: accepted only at a value that does nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -366,8 +367,8 @@ def check_ability(spec: Spec, request: GenerateRequest) -> None:
                 raise UsageError(
                     f"as_published: {spec.name}'s own script knows no {name}.", "Leave one out."
                 )
-    for name, family, whose in _OF_FAMILIES:
-        if spec.family not in family and getattr(request, name) not in (None, (), False):
+    for name, families, whose, nothing in _OF_FAMILIES:
+        if spec.family not in families and getattr(request, name) not in (None, nothing):
             raise UsageError(
                 f"{name} is for {whose}; {spec.name} has no use for it.", "Leave it out."
             )
@@ -425,10 +426,16 @@ def warnings_of(
             f"the negative prompt has no effect: guidance_scale={resolved.guidance_scale:g} is "
             "off (1 or less)."
         )
-    if off and asked.image_guidance_scale is not None:
+    for name in ("image_guidance_scale", "clip_cfg_norm", "guidance_interval"):
+        if off and getattr(asked, name) not in (None, (0.0, 1.0)):
+            found.append(
+                f"{name} has no effect: guidance_scale={resolved.guidance_scale:g} is off "
+                "(1 or less)."
+            )
+    if asked.noise_clip_std is not None and not (resolved.sampler or "").startswith("flash"):
         found.append(
-            f"image_guidance_scale has no effect: guidance_scale={resolved.guidance_scale:g} is "
-            "off (1 or less)."
+            f"noise_clip_std has no effect: {resolved.sampler} adds no noise between steps (flash "
+            "does)."
         )
     if spec is not None and resolved.sparsity:
         num_patches = _num_patches(resolved, spec)

@@ -100,7 +100,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--llama", metavar="PATH", help="I1: folder or hub id of Llama-3.1-8B-Instruct"
     )
     group.add_argument(
-        "--refiner", default=REFINER, metavar="MODEL", help="E1: the I1 of --refine-strength"
+        "--refiner", metavar="MODEL", help=f"E1: the I1 of --refine-strength (default {REFINER})"
     )
     group.add_argument("--device", default="auto", type=_device, help=", ".join(DEVICES))
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: fp32 on a CPU")

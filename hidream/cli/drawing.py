@@ -19,8 +19,10 @@ from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
 from hidream.folder import (
     Folder,
+    check_parts,
     components_folder,
     find_refiner,
+    is_alone,
     locate,
     open_model,
     published,
@@ -65,6 +67,7 @@ def draw(
         raise UsageError("there is no reference picture.", needs_reference)
     _settle(arguments, again, same_model=model == again.model)
     spec, folder, missing = find_model(model, arguments.variant, arguments.components)
+    check_parts(spec, llama=arguments.llama, refiner=arguments.refiner)
     if folder is not None and arguments.variant is None and variant_is_assumed(spec, folder):
         warnings.append(f"{folder} does not say its variant: full is assumed (--variant dev).")
     defaults = spec.defaults_for(asked.task)
@@ -93,6 +96,7 @@ def draw(
     if request.refine_strength and not arguments.dry_run:
         find_refiner(arguments.refiner, folder)
     warnings += [told for told in warnings_of(asked, request, spec) if told not in again.warnings]
+    warnings += refiner_warning(arguments, folder, [request])
     opened = open_model(folder, spec.file) if folder is not None else None
     check_prompts(request, opened)
     check_loras(request, opened, warnings)
@@ -229,6 +233,17 @@ def check_reader(
     from hidream.models.i1.llama import find_llama
 
     find_llama(components_folder(spec, folder, arguments.refiner), arguments.llama)
+
+
+def refiner_warning(
+    arguments: argparse.Namespace, folder: Path | None, requests: Sequence[GenerateRequest]
+) -> list[str]:
+    """What to tell where an E1's refiner is named that none of the requests needs."""
+    if arguments.refiner is None or any(request.refine_strength for request in requests):
+        return []
+    if folder is None or is_alone(folder):  # then it has the text encoders, and the VAE
+        return []
+    return ["--refiner has no effect: no edit is refined (--refine-strength)."]
 
 
 def reads_texts(request: GenerateRequest) -> bool:

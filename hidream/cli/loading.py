@@ -8,6 +8,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from hidream.cli import console
+from hidream.folder import check_parts, locate
 from hidream.memory import find_policy
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def load_pipeline(
     """The pipeline of `model`, which the message calls `name`, as `add_model`'s flags say."""
     from hidream.pipelines import load
 
+    spec = locate(model, variant=arguments.variant)[0]
+    check_parts(spec, llama=arguments.llama, refiner=arguments.refiner)
     console.say(f"loading {name or model}")
     keep_freed_memory()
     return load(

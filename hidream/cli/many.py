@@ -20,6 +20,7 @@ from hidream.cli.drawing import (
     check_reader,
     find_model,
     reads_texts,
+    refiner_warning,
     variant_is_assumed,
     warn_not_here,
     with_embeddings,
@@ -30,7 +31,7 @@ from hidream.cli.prompt_file import Line, located, read_prompt_file
 from hidream.cli.recording import Inputs, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import InputError, UsageError
-from hidream.folder import Folder, find_refiner, open_model
+from hidream.folder import Folder, check_parts, find_refiner, open_model
 from hidream.limits import MAX_IMAGES, batch_size
 from hidream.registry import DEFAULT_MODEL, Spec
 from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
@@ -85,6 +86,7 @@ def draw_many(
     model, where = _model(arguments.model, lines)
     with located(where):
         spec, path, missing = find_model(model, arguments.variant, arguments.components)
+    check_parts(spec, llama=arguments.llama, refiner=arguments.refiner)
     told = Told()
     if path is not None and arguments.variant is None and variant_is_assumed(spec, path):
         told.add("", [f"{path} does not say its variant: full is assumed (--variant dev)."])
@@ -97,6 +99,7 @@ def draw_many(
         checks.order(line.where, request, places)
         for line, request, places in zip(lines, asked, paths, strict=True)
     ]
+    told.add("", refiner_warning(arguments, path, [order.request for order in orders]))
     _check_places(arguments, orders)
     if missing is not None and not arguments.dry_run:
         raise missing

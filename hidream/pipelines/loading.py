@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hidream.errors import UsageError
-from hidream.folder import REFINER, locate
+from hidream.folder import REFINER, check_parts, locate
 from hidream.memory import find_policy
 from hidream.pipelines.base import LoadOptions, Pipeline
 from hidream.pipelines.devices import find_device, find_dtype, told_when_full
@@ -24,7 +23,7 @@ def load(
     variant: str | None = None,
     prefix_bytes: int = MAX_KEPT,
     llama: str | Path | None = None,
-    refiner: str | Path = REFINER,
+    refiner: str | Path | None = None,
     components: str | Path | None = None,
     text_encoders: bool = True,
 ) -> Pipeline:
@@ -38,21 +37,21 @@ def load(
     the prompts and references that were read may stay in memory for later calls; 0 keeps nothing.
 
     Of I1 and E1: `llama` is the folder or hub id of Llama-3.1-8B-Instruct, where it is not in the
-    hub's cache or named by the environment's HIDREAM_LLAMA; `refiner` is the I1 that takes the last
-    steps of an edit with `refine_strength`, loaded when it is first needed; without `text_encoders`
-    only requests with `embeddings` can be drawn.
+    hub's cache or named by the environment's HIDREAM_LLAMA; without `text_encoders` only requests
+    with `embeddings` can be drawn. Of E1: `refiner` is the I1, i1-full unless given, that takes the
+    last steps of an edit with `refine_strength`, loaded when it is first needed.
 
     `memory` is one of `hidream.memory.POLICIES`; "auto" keeps everything on the device.
 
-    Raises ModelError where the model is not there or not whole, UsageError for unknown names,
+    Raises ModelError where the model is not there or not whole, UsageError for unknown names and
+    for parts that the model does not have,
     MemoryExceeded where the device cannot hold the weights.
     """
     policy = find_policy(memory)
     chosen_device = find_device(device)
     chosen_dtype = find_dtype(dtype, chosen_device)
     spec, folder = locate(str(model), variant=variant, components=components)
-    if llama is not None and spec.family == "o1":
-        raise UsageError(f"{spec.name} has no Llama.", "Leave it out.")
+    check_parts(spec, llama=llama, refiner=refiner, text_encoders=text_encoders)
     module, name = spec.pipeline.split(":")
     pipeline: type[Pipeline] = getattr(import_module(module), name)
     options = LoadOptions(
@@ -61,7 +60,7 @@ def load(
         policy=policy,
         prefix_bytes=prefix_bytes,
         llama=llama,
-        refiner=refiner,
+        refiner=refiner or REFINER,
         text_encoders=text_encoders,
     )
     with told_when_full(chosen_device, policy, "the model's weights"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hidream.cli import embed
 from hidream.cli.main import main
+from hidream.errors import UsageError
 from hidream.memory import POLICIES
 from hidream.models.i1.config import I1_TINY
 from hidream.models.i1.text import TextEncoders
@@ -266,6 +267,47 @@ def test_refusals(place, flags, code, said, capsys):
     assert said in told
     assert "Traceback" not in told
     assert len([line for line in told.splitlines() if line.startswith("error")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--refiner", "nosuch"), "has no refiner"),
+        (("--refiner", "nosuch", "-m", "./i1"), "has no refiner"),
+        (("--llama", "nosuch"), "has no Llama"),
+        (("--no-clip-cfg-norm", "-m", "./i1"), "is for E1's editing"),
+        (("--image-guidance-scale", "0"), "is for E1's editing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_parts_that_a_model_does_not_have(place, flags, said, capsys):
+    (place / "lines.txt").write_text("a tree\n")
+    for what in (("a tree",), ("--prompt-file", "lines.txt")):
+        assert main(["generate", *what, *flags]) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert "loading" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"refiner": "i1-full"}, "has no refiner"),
+        ({"text_encoders": False}, "has no text encoders"),
+        ({"llama": "x"}, "has no Llama"),
+    ],
+)
+def test_parts_that_cannot_be_loaded(options, said):
+    with pytest.raises(UsageError, match=said):
+        load("o1-nano", **options)
+
+
+def test_a_refiner_that_refines_nothing_is_told(place, capsys):
+    flags = ["edit", "a.png", "redden", "-m", "./e1", "--refiner", "./i1", "--dry-run"]
+    assert main(flags) == 0
+    assert "--refiner has no effect" in capsys.readouterr().err
+    assert main([*flags, "--refine-strength", "0.5"]) == 0
+    assert "--refiner has no effect" not in capsys.readouterr().err
 
 
 def test_a_missing_component_is_named_before_weights(place, folders, capsys):

@@ -12,7 +12,14 @@ from PIL import Image
 
 from hidream import limits, registry
 from hidream.errors import InputError, UsageError
-from hidream.request import GenerateRequest, resolve, size_error, snap_size, warnings_of
+from hidream.request import (
+    GenerateRequest,
+    check_ability,
+    resolve,
+    size_error,
+    snap_size,
+    warnings_of,
+)
 
 FULL = registry.find("o1")
 DEV = registry.find("o1-dev")
@@ -288,6 +295,46 @@ def test_a_negative_prompt_without_guidance_is_a_warning():
     asked = ask(negative_prompt="blur")
     assert "no effect" in warnings_of(asked, filled(asked, DEV))[0]
     assert warnings_of(asked, filled(asked)) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle", "busy"),
+    [
+        ({"guidance_interval": (0.2, 0.8)}, {"guidance_scale": 0}, {"guidance_scale": 3}),
+        ({"clip_cfg_norm": False}, {"guidance_scale": 1}, {"guidance_scale": 3}),
+        ({"noise_clip_std": 2.5}, {"sampler": "unipc"}, {"sampler": "flash"}),
+        ({"noise_clip_std": 2.5}, {"sampler": "euler"}, {"sampler": "flash-official"}),
+    ],
+)
+def test_what_has_no_effect_is_told(fields, idle, busy):
+    (name,) = fields
+    asked = ask(**fields, **idle)
+    (warning,) = warnings_of(asked, filled(asked))
+    assert warning.startswith(f"{name} has no effect: ")
+    asked = ask(**fields, **busy)
+    assert warnings_of(asked, filled(asked)) == ()
+    plain = ask(**idle)
+    assert warnings_of(filled(plain), filled(plain)) == ()  # as --from has it
+
+
+@pytest.mark.parametrize("name", ["o1", "i1-full"])
+@pytest.mark.parametrize(
+    ("fields", "good"),
+    [
+        ({"clip_cfg_norm": False}, False),
+        ({"clip_cfg_norm": True}, False),
+        ({"image_guidance_scale": 0}, False),
+        ({"refine_strength": 0}, True),
+        ({"tile": False, "as_published": False, "encoder_prompts": {}}, True),
+    ],
+)
+def test_what_is_another_familys_is_refused_at_every_value(name, fields, good):
+    spec = registry.find(name)
+    request = filled(ask(**fields), spec)
+    if good:
+        return check_ability(spec, request)
+    with pytest.raises(UsageError, match="is for E1's editing"):
+        check_ability(spec, request)
 
 
 def test_loras_are_paths_with_scales():
