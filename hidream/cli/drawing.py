@@ -95,7 +95,8 @@ def draw(
     check_ability(spec, request)
     if request.refine_strength and not arguments.dry_run:
         find_refiner(arguments.refiner, folder)
-    warnings += [told for told in warnings_of(asked, request, spec) if told not in again.warnings]
+    found = warnings_of(as_given(asked, merged(again, given)), request, spec)
+    warnings += [told for told in found if told not in again.warnings]
     warnings += refiner_warning(arguments, folder, [request])
     opened = open_model(folder, spec.file) if folder is not None else None
     check_prompts(request, opened)
@@ -211,6 +212,14 @@ def with_embeddings(values: Mapping[str, Any]) -> dict[str, Any]:
     if negative is not None:
         found["negative_prompt"] = negative.t5
     return {**found, **values}
+
+
+def as_given(asked: GenerateRequest, values: Mapping[str, Any]) -> GenerateRequest:
+    """The request without the negative prompt of its embedding file, which is not in its `values`:
+    nobody need be told that it has no effect."""
+    if asked.embeddings is None or "negative_prompt" in values:
+        return asked
+    return replace(asked, negative_prompt=None)
 
 
 def check_prompts(request: GenerateRequest, folder: Folder | None) -> None:

@@ -27,10 +27,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("prompt", nargs="?", metavar="INSTRUCTION", help="what to change")
     add_drawing(parser, with_references=False)
     arguments = parser.parse(argv)
-    if arguments.prompt is None and not arguments.from_picture and not arguments.prompt_file:
+    given = request_fields(arguments)
+    elsewhere = arguments.from_picture or arguments.prompt_file or "embeddings" in given
+    if arguments.prompt is None and not elsewhere:
         missing = "INSTRUCTION" if arguments.image else "IMAGE, INSTRUCTION"
         parser.error(f"the following arguments are required: {missing}")
-    given = request_fields(arguments)
     if arguments.image is not None:
         given["references"] = (arguments.image,)
     return draw(arguments, given, needs_reference="Name it: hidream edit IMAGE INSTRUCTION.")

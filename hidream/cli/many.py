@@ -14,6 +14,7 @@ from hidream.cli import console
 from hidream.cli.again import PICTURES
 from hidream.cli.drawing import (
     COUNTS,
+    as_given,
     check_loras,
     check_pictures,
     check_prompts,
@@ -96,7 +97,7 @@ def draw_many(
     folder = open_model(path, spec.file) if path is not None else None
     checks = _Checks(arguments, spec, folder, told)
     orders = [
-        checks.order(line.where, request, places)
+        checks.order(line.where, request, places, as_given(request, {**given, **line.fields}))
         for line, request, places in zip(lines, asked, paths, strict=True)
     ]
     told.add("", refiner_warning(arguments, path, [order.request for order in orders]))
@@ -178,7 +179,10 @@ class _Checks:
         self.pictures: dict[Any, tuple[tuple[int, int] | None, list[str], Inputs]] = {}
         self.loras: dict[Any, list[str]] = {}
 
-    def order(self, where: str, asked: GenerateRequest, paths: Sequence[Path]) -> Order:
+    def order(
+        self, where: str, asked: GenerateRequest, paths: Sequence[Path], given: GenerateRequest
+    ) -> Order:
+        """`given` is what warnings are about."""
         with located(where):
             size, warnings, inputs = self._read_pictures(asked)
             defaults = self.spec.defaults_for(asked.task)
@@ -192,7 +196,7 @@ class _Checks:
             check_prompts(request, self.folder)
             warnings = [
                 *warnings,
-                *warnings_of(asked, request, self.spec),
+                *warnings_of(given, request, self.spec),
                 *self._read_loras(request),
             ]
             self.told.add(where, warnings)

@@ -146,6 +146,28 @@ def test_embeds_advice_where_memory_ends_is_what_it_can_do(place, monkeypatch, c
     assert "--dtype" not in embed._less_memory(torch.device("cpu"), half, POLICIES["low"])
 
 
+def test_an_edit_takes_its_instruction_from_embeddings(place, capsys):
+    assert main(["embed", "redden", "-n", "blur", "-m", "./e1", "-o", "t.safetensors"]) == 0
+    assert main(["edit", "a.png", "redden", "-n", "blur", "-m", "./e1", *FEW, "-o", "1.png"]) == 0
+    embedded = ["--embeddings", "t.safetensors", "-m", "./e1", *FEW]
+    assert main(["edit", "a.png", *embedded, "-o", "2.png"]) == 0
+    assert (pixels("1.png") == pixels("2.png")).all()
+    capsys.readouterr()
+    assert main(["edit", *embedded]) == 2
+    assert "there is no reference picture" in capsys.readouterr().err
+
+
+def test_nobody_is_told_of_an_embedding_files_negative_prompt(place, capsys):
+    assert main(["embed", "a tree", "-n", "blur", "-m", "./i1", "-o", "t.safetensors"]) == 0
+    (place / "lines.txt").write_text(json.dumps({"embeddings": "t.safetensors"}))
+    fast = ["-m", "./i1", "--variant", "fast", "--dry-run"]
+    for what in (("--embeddings", "t.safetensors"), ("--prompt-file", "lines.txt")):
+        for flags, told in (((), False), (("-n", "other"), True)):
+            capsys.readouterr()
+            assert main(["generate", *what, *fast, *flags]) == 0
+            assert ("negative prompt has no effect" in capsys.readouterr().err) == told
+
+
 def test_embeddings_are_checked_before_anything_is_loaded(place, folders, capsys):
     assert main(["embed", "a tree", "-n", " blur ", "-m", "./i1", "-o", "tree.safetensors"]) == 0
     other = replace(I1_TINY, llama_size=48)
