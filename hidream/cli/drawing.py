@@ -30,6 +30,7 @@ from hidream.folder import (
 )
 from hidream.limits import batch_size
 from hidream.memory import POLICIES
+from hidream.models.e1 import refining_warnings, target_description
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known
 from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
 
@@ -97,6 +98,7 @@ def draw(
         find_refiner(arguments.refiner, folder)
     found = warnings_of(as_given(asked, merged(again, given)), request, spec)
     warnings += [told for told in found if told not in again.warnings]
+    warnings += refining_warnings(request)
     warnings += refiner_warning(arguments, folder, [request])
     opened = open_model(folder, spec.file) if folder is not None else None
     check_prompts(request, opened)
@@ -259,8 +261,6 @@ def reads_texts(request: GenerateRequest) -> bool:
     """Whether text encoders are needed: an embedding file holds no description of a target."""
     if request.embeddings is None:
         return True
-    from hidream.models.e1 import target_description
-
     return bool(request.refine_strength) and target_description(request.full_prompt) is not None
 
 

@@ -34,6 +34,7 @@ from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import InputError, UsageError
 from hidream.folder import Folder, check_parts, find_refiner, open_model
 from hidream.limits import MAX_IMAGES, batch_size
+from hidream.models.e1 import refining_warnings
 from hidream.registry import DEFAULT_MODEL, Spec
 from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
 
@@ -197,6 +198,7 @@ class _Checks:
             warnings = [
                 *warnings,
                 *warnings_of(given, request, self.spec),
+                *refining_warnings(request),
                 *self._read_loras(request),
             ]
             self.told.add(where, warnings)

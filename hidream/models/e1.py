@@ -14,6 +14,8 @@ from hidream.limits import halved
 if TYPE_CHECKING:
     from PIL import Image
 
+    from hidream.request import GenerateRequest
+
 _INSTRUCTION, _TARGET = "Editing Instruction:", "Target Image Description:"
 
 
@@ -35,6 +37,16 @@ def target_description(prompt: str) -> str | None:
     The refinement draws by it; without one it reads the whole prompt.
     """
     return prompt.partition(_TARGET)[2].strip() or None
+
+
+def refining_warnings(request: GenerateRequest) -> tuple[str, ...]:
+    """What to tell of a resolved request: that an I1 is to draw by an instruction."""
+    if not request.refine_strength or target_description(request.full_prompt) is not None:
+        return ()
+    return (
+        f'the refining I1 draws by the instruction itself: the prompt has no "{_TARGET} …", which '
+        "says what the picture will show.",
+    )
 
 
 def published_source(

@@ -13,7 +13,7 @@ from PIL import Image
 from hidream.cancel import CancelToken
 from hidream.folder import REFINER, components_folder, find_refiner, transformer_config
 from hidream.memory import AUTO, Policy
-from hidream.models.e1 import published_source, target_description
+from hidream.models.e1 import published_source, refining_warnings, target_description
 from hidream.models.i1.config import I1Config
 from hidream.models.i1.embeddings import check_embeddings, load_embeddings
 from hidream.models.i1.model import I1, Features
@@ -175,4 +175,5 @@ class I1Pipeline(Pipeline):
         ]
         with self._turn:  # the tokenizers are not to be shared either
             cut = () if texts in given else self.encoders.cut(texts)
-        return Plan(request, jobs, (*warnings_of(asked, request, self.spec), *told, *cut))
+        warnings = (*warnings_of(asked, request, self.spec), *refining_warnings(request))
+        return Plan(request, jobs, (*warnings, *told, *cut))

@@ -327,9 +327,13 @@ def test_parts_that_cannot_be_loaded(options, said):
 def test_a_refiner_that_refines_nothing_is_told(place, capsys):
     flags = ["edit", "a.png", "redden", "-m", "./e1", "--refiner", "./i1", "--dry-run"]
     assert main(flags) == 0
-    assert "--refiner has no effect" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--refiner has no effect" in told
+    assert "draws by the instruction" not in told
     assert main([*flags, "--refine-strength", "0.5"]) == 0
-    assert "--refiner has no effect" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--refiner has no effect" not in told
+    assert told.count("the refining I1 draws by the instruction itself") == 1
 
 
 def test_a_missing_component_is_named_before_weights(place, folders, capsys):

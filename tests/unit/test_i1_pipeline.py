@@ -412,8 +412,13 @@ def test_refining_has_the_weights_of_i1(editor, seen):
 def test_without_a_target_refining_reads_what_editing_reads(editor):
     asked = GenerateRequest(prompt="redden", references=(picture(5),), refine_strength=0.5)
     for prompts in ({}, {"llama": "a red cube"}):
-        (job,) = editor._plan(replace(asked, encoder_prompts=prompts)).jobs
+        plan = editor._plan(replace(asked, encoder_prompts=prompts))
+        (job,) = plan.jobs
         assert job.target == job.texts
+        assert any("draws by the instruction itself" in text for text in plan.warnings)
+    described = replace(asked, prompt="redden. Target Image Description: a red cube")
+    for request in (described, replace(asked, refine_strength=0)):
+        assert editor._plan(request).warnings == ()
 
 
 def test_a_refiner_of_other_latents_or_texts(e1_folder, tmp_path):
