@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,20 +193,22 @@ class Pipeline(ABC):
     @overload
     def __call__(
         self,
-        prompt: Sequence[GenerateRequest],
+        prompt: Sequence[str | GenerateRequest],
         *,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
+        **fields: Any,
     ) -> list[Output]: ...
     def __call__(
         self,
-        prompt: str | GenerateRequest | Sequence[GenerateRequest],
+        prompt: str | GenerateRequest | Sequence[str | GenerateRequest],
         *,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
         **fields: Any,
     ) -> Output | list[Output]:
-        """Pictures for a prompt (with a request's fields as keywords), a request, or several.
+        """Pictures for a prompt (with a request's fields as keywords), a request, or several of
+        either; several prompts share the fields.
 
         Requests that share size, sampling settings and LoRAs are denoised together, up to 16
         pictures at a time; the results come in the requests' order, each as if it had been alone,
@@ -217,17 +219,9 @@ class Pipeline(ABC):
 
         Raises Cancelled after that; no picture is given then.
         """
-        if isinstance(prompt, str):
-            request = GenerateRequest.from_dict({"prompt": prompt, **fields})
-            return self._run([request], on_step, cancel)[0]
-        if fields:
-            raise UsageError(
-                f"{', '.join(fields)}: a GenerateRequest has its fields inside.",
-                "Use dataclasses.replace(request, …) to change them.",
-            )
-        if isinstance(prompt, GenerateRequest):
-            return self._run([prompt], on_step, cancel)[0]
-        return self._run(list(prompt), on_step, cancel)
+        requests = [as_request(item, fields) for item in listed(prompt)]
+        outputs = self._run(requests, on_step, cancel)
+        return outputs[0] if isinstance(prompt, str | GenerateRequest) else outputs
 
     @overload
     def generate_text(
@@ -330,6 +324,30 @@ class Pipeline(ABC):
             )
             for plan in plans
         ]
+
+
+def listed(prompt: Any) -> list[str | GenerateRequest]:
+    """One prompt or request, or several, as a list; UsageError for anything else."""
+    if isinstance(prompt, str | GenerateRequest):
+        return [prompt]
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+        raise UsageError(
+            f"prompt is {type(prompt).__name__}; it must be text, a GenerateRequest or a list of "
+            "these."
+        )
+    return list(prompt)
+
+
+def as_request(prompt: str | GenerateRequest, fields: Mapping[str, Any]) -> GenerateRequest:
+    """A prompt with these fields as a request; a request as it is, which takes none."""
+    if not isinstance(prompt, GenerateRequest):
+        return GenerateRequest.from_dict({"prompt": prompt, **fields})
+    if fields:
+        raise UsageError(
+            f"{', '.join(fields)}: a GenerateRequest has its fields inside.",
+            "Use dataclasses.replace(request, …) to change them.",
+        )
+    return prompt
 
 
 def batch_key(request: GenerateRequest) -> tuple:

@@ -533,6 +533,16 @@ def test_an_editor_as_diffusers_users_call_it(e1_folder, editor):
     assert levels(image, wanted.images[0]) == 0
 
 
+def test_an_image_is_what_i1_starts_from(pipe):
+    known, source = HiDreamPipeline(pipe), picture(5)
+    for strength in (0.5, None):
+        out = known("a tree", image=source, strength=strength, **FEW)
+        wanted = pipe("a tree", init_image=source, strength=strength, **FEW)
+        assert levels(out.images[0], wanted.images[0]) == 0
+    out = known("more", image=source, expand=(0, 0, 16, 0), **FEW)
+    assert levels(out.images[0].crop((0, 0, 128, 128)), source) == 0
+
+
 def test_a_missing_component(folder, tmp_path):
     import shutil
 

@@ -14,6 +14,8 @@ from hidream.models.o1.tokens import Tokenizer
 from hidream.pipelines import HiDreamPipeline, Output, Pipeline, load
 from hidream.pipelines import denoise as denoising
 from hidream.pipelines import o1 as pipelines
+from hidream.pipelines.base import listed
+from hidream.pipelines.diffusers_style import seeds_of
 from hidream.request import GenerateRequest
 from hidream.sheet import Sheet
 from tests import tiny
@@ -691,3 +693,67 @@ def test_the_shape_that_diffusers_users_know(tiny_folder, pipe):
     out = known(prompt="a red cube", generator=torch.Generator().manual_seed(7), **fields)
     assert same(out.images[0], pipe("a red cube", seed=7, **fields).images[0])
     assert len(known("a", num_images_per_prompt=2, num_inference_steps=1).images) == 2
+
+
+@pytest.fixture(scope="module")
+def known(pipe):
+    return HiDreamPipeline(pipe)
+
+
+def test_a_list_of_prompts_is_a_request_each(pipe, known):
+    """`load`'s pipeline gives an Output each, diffusers' shape one flat list of pictures."""
+    fields = {"num_inference_steps": 1, "seed": 3}
+    outs = pipe(["red", "blue"], num_images=2, **fields)
+    assert [(out.request.prompt, out.seeds) for out in outs] == [("red", (3, 4)), ("blue", (3, 4))]
+    flat = known(["red", "blue"], num_images_per_prompt=2, **fields)
+    wanted = [image for out in outs for image in out.images]
+    assert all(same(*pair) for pair in zip(flat.images, wanted, strict=True))
+    assert flat.seeds == (3, 4, 3, 4)
+    (alone,) = known(prompt=["red"], **fields).images
+    assert same(alone, wanted[0])
+    with pytest.raises(UsageError, match="its fields inside"):
+        pipe(["red", request("blue")], seed=1)
+    with pytest.raises(UsageError, match="prompt is int; it must be text, a GenerateRequest or"):
+        listed(7)
+
+
+def test_generators_are_seeds(known):
+    def seeds(prompt, generator, **fields):
+        return known(prompt, generator=generator, num_inference_steps=1, **fields).seeds
+
+    one, two, three, four = (torch.Generator().manual_seed(seed) for seed in (5, 9, 2, 7))
+    assert seeds("red", one) == seeds("red", [one]) == (5,)
+    assert seeds("red", [one, two], num_images_per_prompt=2) == (5, 9)
+    assert seeds(["red", "blue"], [one, two]) == (5, 9)
+    assert seeds(["a", "b"], [one, two, three, four], num_images_per_prompt=2) == (5, 9, 2, 7)
+    assert seeds(["red", "blue"], one, num_images=2) == (5, 6, 7, 8)
+    last = torch.Generator().manual_seed(2**63 - 1)
+    assert seeds(["red", "blue"], last) == (2**63 - 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"generator": [torch.Generator()] * 2}, "2 generators are given for 1 pictures"),
+        ({"generator": [torch.Generator()], "num_images_per_prompt": 2}, "1 generators are given"),
+        ({"generator": torch.Generator(), "seed": 1}, "generator and seed say the same"),
+        ({"generator": torch.Generator(), "num_images": "2"}, "not a whole number"),
+        ({"num_images": 1, "num_images_per_prompt": 2}, "say the same"),
+        ({"image": "a.png", "references": ("a.png",)}, "image and references say the same"),
+    ],
+)
+def test_what_diffusers_users_may_get_wrong(known, fields, said):
+    with pytest.raises(UsageError, match=said):
+        known("red", **fields)
+
+
+@pytest.mark.parametrize("wrong", [7, [7], [torch.Generator(), None]])
+def test_what_is_no_generator(wrong):
+    with pytest.raises(UsageError, match=r"which is no torch\.Generator"):
+        seeds_of(wrong, 1)
+
+
+def test_an_image_with_a_strength_is_where_drawing_begins(known, source):
+    fields = {"num_inference_steps": 2, "seed": 1}
+    assert known("red", image=source, strength=0.5, **fields).request.init_image is not None
+    assert len(known("red", image=source, **fields).request.references) == 1
