@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,27 @@ from hidream.request import GenerateRequest, check_ability, resolve, warnings_of
 
 if TYPE_CHECKING:
     from hidream.cli.storyboard import Board
+    from hidream.pipelines import Pipeline
 
 COUNTS = ("num_forwards", "num_prefills", "num_reused")  # of an Output, summed over batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A request that can be drawn: what is known of it before torch is imported.
+
+    `panels` are the places of a storyboard's; `opened` is None where the model is not here.
+    """
+
+    model: str
+    request: GenerateRequest
+    spec: Spec
+    opened: Folder | None
+    paths: Sequence[Path]
+    panels: Sequence[Path]
+    inputs: Inputs
+    again: Again
+    warnings: list[str]
 
 
 def draw(
@@ -46,18 +65,36 @@ def draw(
     *,
     needs_reference: str | None = None,
     board: Board | None = None,
+    pipe: Pipeline | None = None,
 ) -> int:
     """Make the pictures that the flags ask for; returns the exit code.
 
-    The cheap checks come first: flags, prompt and ranges, output, pictures, the model's headers.
-    torch is imported, and weights are read, only after all of them. `needs_reference` tells how
-    to give the picture that the command cannot do without. `board` cuts each picture into panels.
+    torch is imported, and weights are read, only after the checks of `check`. `needs_reference`
+    tells how to give the picture that the command cannot do without. `board` cuts each picture into
+    panels. `pipe` is the model, where it is loaded already.
     """
     refuse_for_now(arguments)
     if getattr(arguments, "prompt_file", None) is not None:
         from hidream.cli.many import draw_many
 
         return draw_many(arguments, given, needs_reference=needs_reference)
+    ready = check(arguments, given, needs_reference=needs_reference, board=board)
+    for warning in ready.warnings:
+        console.warn(warning)
+    if arguments.dry_run:
+        return _dry_run(arguments, ready)
+    return _draw(arguments, ready, board, pipe)
+
+
+def check(
+    arguments: argparse.Namespace,
+    given: dict[str, Any],
+    *,
+    needs_reference: str | None = None,
+    board: Board | None = None,
+) -> Checked:
+    """All that can be found wrong before weights are read, the cheap checks first: flags, prompt
+    and ranges, output, pictures, the model's headers."""
     warnings: list[str] = []
     picture = arguments.from_picture
     again = read_again(picture, given) if picture else Again()
@@ -107,40 +144,42 @@ def draw(
         raise missing
     if folder is not None and not arguments.dry_run:
         check_reader(arguments, request, spec, folder)
-    for warning in warnings:
-        console.warn(warning)
-    if arguments.dry_run:
-        return _dry_run(arguments, request, spec, opened, paths, panels)
-    assert opened is not None
-    digest = model_digest(opened) if again.digest or not arguments.no_metadata else None
-    if again.digest and model == again.model and digest != again.digest:
-        _warn(f"{model} has changed since the picture was made: its digest differs.", warnings)
-    return _draw(arguments, model, request, paths, warnings, again, inputs, digest, board)
+    return Checked(
+        model=model,
+        request=request,
+        spec=spec,
+        opened=opened,
+        paths=paths,
+        panels=panels,
+        inputs=inputs,
+        again=again,
+        warnings=warnings,
+    )
 
 
 def _draw(
-    arguments: argparse.Namespace,
-    model: str,
-    request: GenerateRequest,
-    paths: Sequence[Path],
-    warnings: list[str],
-    again: Again,
-    inputs: Inputs,
-    digest: str | None,
-    board: Board | None,
+    arguments: argparse.Namespace, ready: Checked, board: Board | None, loaded: Pipeline | None
 ) -> int:
     from hidream.pictures import write_picture
+
+    model, request, again, warnings = ready.model, ready.request, ready.again, ready.warnings
+    assert ready.opened is not None
+    digest = model_digest(ready.opened) if again.digest or not arguments.no_metadata else None
+    if again.digest and model == again.model and digest != again.digest:
+        _warn(f"{model} has changed since the picture was made: its digest differs.", warnings)
 
     def note(ran: GenerateRequest, seed: int) -> dict[str, Any] | None:
         if arguments.no_metadata:
             return None
         named = {name: getattr(request, name) for name in PICTURES}  # not those carried inside
-        return note_of(replace(ran, **named), seed, pipe, digest, inputs)
+        return note_of(replace(ran, **named), seed, pipe, digest, ready.inputs)
 
-    pipe = load_pipeline(arguments, model, request.model, text_encoders=reads_texts(request))
+    pipe = loaded or load_pipeline(
+        arguments, model, request.model, text_encoders=reads_texts(request)
+    )
     if difference := differences(again, pipe):
         _warn(difference, warnings)
-    batches = list(_batches(with_carried(request, again.carried), paths))
+    batches = list(_batches(with_carried(request, again.carried), ready.paths))
     progress = console.Progress(len(batches))
     saved: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
@@ -354,16 +393,11 @@ def _notes(
     return [note(request, seed) for seed in seeds]
 
 
-def _dry_run(
-    arguments: argparse.Namespace,
-    request: GenerateRequest,
-    spec: Spec,
-    folder: Folder | None,
-    paths: Sequence[Path],
-    panels: Sequence[Path],
-) -> int:
+def _dry_run(arguments: argparse.Namespace, ready: Checked) -> int:
     from hidream.cli.estimate import estimate, told
 
+    request, spec, folder = ready.request, ready.spec, ready.opened
+    paths, panels = ready.paths, ready.panels
     batch = len(next(_batches(request, paths))[1])
     expected = estimate(
         request,

@@ -231,6 +231,77 @@ def test_the_variant_is_the_flags_or_the_folders(place, folders, capsys):
         assert "is assumed" not in shown.err
 
 
+def test_a_composite_is_both_pictures_but_for_the_edge(place):
+    """Away from the outline the subject's and the background's pixels stay to the bit."""
+    other = np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8)
+    Image.fromarray(other).save("b.png")
+    flags = ["--subject-mask", "mask.png", "--background", "b.png", "--place", "0.4,0.6"]
+    assert main(["composite", "a.png", "x", "-m", "./i1", *flags, *FEW, "-o", "out.png"]) == 0
+    made, band = pixels("out.png"), 16
+    top, left = round(0.6 * 128) - 32, round(0.4 * 128) - 32  # the subject is 64x64
+    inside = np.s_[top + band : top + 64 - band, left + band : left + 64 - band]
+    moved = np.s_[32 + band : 96 - band, 32 + band : 96 - band]
+    assert (made[inside] == pixels("a.png")[moved]).all()
+    far = np.ones((128, 128), bool)
+    far[top - band : top + 64 + band, left - band : left + 64 + band] = False
+    assert (made[far] == other[far]).all()
+    edge = pixels("out-edge.png")[..., 0] == 255
+    changed = (made != pixels("out-composite.png")).any(axis=2)
+    assert changed[edge].mean() > 0.9
+
+
+@pytest.mark.parametrize("model", [["-m", "./i1"], []], ids=["i1", "o1-nano"])
+def test_a_background_of_a_prompt_is_what_generate_draws(place, model, capsys):
+    flags = [*model, *FEW, "--json"]
+    assert main(["generate", "a tree", *flags, "-o", "b.png"]) == 0
+    subject = ["composite", "a.png", "a cube", "--subject-mask", "mask.png", *flags]
+    assert main([*subject, "--background", "b.png", "-o", "one.png"]) == 0
+    capsys.readouterr()
+    assert main([*subject, "--background-prompt", "a tree", "-o", "two.png"]) == 0
+    out, told = capsys.readouterr()
+    assert [image["path"] for image in json.loads(out)["images"]] == ["two.png"]
+    assert told.count("loading") == 1
+    assert (pixels("b.png") == pixels("two-background.png")).all()
+    assert (pixels("one.png") == pixels("two.png")).all()
+    assert main(["generate", "--from", "two-background.png", "-o", "again.png"]) == 0
+    assert (pixels("b.png") == pixels("again.png")).all()
+
+
+def test_a_background_is_drawn_with_the_first_seed(place, capsys):
+    subject = ["composite", "a.png", "x", "--subject-mask", "mask.png", "--steps", "2"]
+    drawn = [*subject, "--background-prompt", "a tree", "-o", "{index}.png", "--json"]
+    for seeds in (["--seed", "-1", "5"], ["--num-images", "2"]):
+        capsys.readouterr()
+        assert main([*drawn, *seeds, "--overwrite"]) == 0
+        first = json.loads(capsys.readouterr().out)["images"][0]["seed"]
+        flags = ["--steps", "2", "--seed", str(first), "-o", "b.png", "--overwrite"]
+        assert main(["generate", "a tree", *flags]) == 0
+        assert (pixels("b.png") == pixels("out-background.png")).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--dry-run"], 0, "the background comes first: 128x128"),
+        (["-m", "./e1"], 2, "edits one picture; there are 0"),
+        (["-m", "./gated"], 4, "which is gated"),
+        (["--place", "9,9"], 3, "the subject is outside the background"),
+        (["--lora", "none.safetensors", "1"], 3, "none.safetensors"),
+        (["--background", "a.png"], 2, "not allowed with"),
+        (["--refiner", "x"], 2, "has no refiner"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_wrong_is_found_before_a_background_is_drawn(place, flags, code, said, capsys):
+    before = set(place.iterdir())
+    asked = ["composite", "a.png", "x", "--subject-mask", "mask.png", "-m", "./i1"]
+    assert main([*asked, "--background-prompt", "a tree", *flags]) == code
+    told = capsys.readouterr().err
+    assert said in told
+    assert "loading" not in told
+    assert set(place.iterdir()) == before
+
+
 @pytest.mark.parametrize("flags", [["--dry-run"], ["-m", "./e1"]], ids=" ".join)
 def test_a_composite_that_is_not_drawn_leaves_nothing(place, flags):
     before = set(place.iterdir())
