@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model
 from hidream.errors import InputError, UsageError
-from hidream.folder import components_folder, locate, transformer_folder
+from hidream.folder import check_parts, components_folder, locate, transformer_folder
 from hidream.limits import clean_prompt
 from hidream.memory import Policy, find_policy
 from hidream.request import ENCODERS
@@ -56,6 +56,7 @@ def run(argv: list[str]) -> int:
     spec, folder = locate(
         arguments.model or "i1-full", variant=arguments.variant, components=arguments.components
     )
+    check_parts(spec, llama=arguments.llama, refiner=arguments.refiner)
     if spec.family == "o1" or transformer_folder(folder) is None:
         raise UsageError(f"{spec.name} has no text encoders.", "Name an I1 or E1: -m i1-full.")
 
