@@ -7,22 +7,22 @@ Pictures stay on the disk until they are asked for.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from hidream.data import listing
 from hidream.errors import InputError, UsageError
 from hidream.pictures import SUFFIXES, open_picture, read_picture, read_size
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("auto", "folder", "table", "webdataset")
-TABLES = (".jsonl", ".parquet")
-METADATA = ("metadata.jsonl", "metadata.parquet")
 MAX_CAPTION_BYTES = 1 << 20
 MAX_TOLD = 50  # problems; more are counted
 # What may stand before a picture's suffix: a part of an edit, or a subject's reference.
@@ -101,39 +101,33 @@ def open_dataset(path: str | Path, kind: str = "auto") -> Dataset:
 def _open(place: Path, kind: str) -> Dataset:
     from hidream.data import shards, tables
 
-    file = place
-    if place.is_dir():
-        found = [place / name for name in METADATA if (place / name).is_file()]
-        others = sorted(p for p in place.iterdir() if p.suffix.lower() in (*TABLES, ".tar"))
-        alone = others if not found and not any(_pictures(place)) else []
-        file = next(iter([*found, *alone]), place)
+    files = listing.files_in(place)
     if kind == "auto":
-        kinds = dict.fromkeys(TABLES, "table") | {".tar": "webdataset"}
-        kind = kinds.get(file.suffix.lower(), "folder")
+        kind = listing.kind_of(place, files)
     if kind == "table":
-        return tables.read(file)
-    if kind == "webdataset":
-        tars = sorted(place.glob("*.tar")) if place.is_dir() else [place]
-        return shards.read(place, tars)
-    if not place.is_dir():
+        read = listing.tables_in(place, files)
+        found = tables.read(place, read)
+    elif kind == "webdataset":
+        read = listing.shards_in(place, files)
+        found = shards.read(place, read)
+    elif place.is_dir():
+        return _folder(place, files)
+    else:
         raise InputError(
             f"the data {place} is neither a folder nor a file that is known.",
             "Tables end in .jsonl or .parquet, shards in .tar.",
         )
-    return _folder(place)
+    used = {os.path.normpath(b.path) for item in found.items for b in item.blobs if b.path}
+    used |= {os.path.normpath(path) for path in read}
+    others = [listing.name_of(p, place) for p in files if os.path.normpath(p) not in used]
+    return replace(found, notes=(*found.notes, *listing.left_out(others)))
 
 
-def _pictures(place: Path) -> Iterable[Path]:
-    return (p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
-
-
-def _folder(place: Path) -> Dataset:
+def _folder(place: Path, files: Sequence[Path]) -> Dataset:
     """Every picture below `place`, with the text of its name beside it."""
     pictures, captions, others, problems = [], {}, [], []
-    for path in sorted(place.rglob("*")):
-        name = path.relative_to(place).as_posix()
-        if not path.is_file() or any(part.startswith(".") for part in Path(name).parts):
-            continue
+    for path in files:
+        name = listing.name_of(path, place)
         if path.suffix.lower() in SUFFIXES:
             pictures.append(Blob(name, path.read_bytes, path))
         elif path.suffix.lower() == ".txt":
@@ -144,14 +138,11 @@ def _folder(place: Path) -> Dataset:
                 captions[name] = "?"  # told already
         else:
             others.append(name)
-    notes = []
-    if others:
-        more = ", …" if len(others) > 3 else ""
-        notes.append(f"{len(others)} other files are left out: {', '.join(others[:3])}{more}")
     items, found = grouped(pictures, captions)
     if not pictures and not found:
         found.append(f"{place.name}: there is no picture in it.")
-    return Dataset(path=place, items=items, problems=(*problems, *found), notes=tuple(notes))
+    notes = listing.left_out(others)
+    return Dataset(path=place, items=items, problems=(*problems, *found), notes=notes)
 
 
 def caption_of(data: bytes) -> str:

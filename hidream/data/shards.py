@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from hidream.data import listing
 from hidream.data.dataset import (
     MAX_CAPTION_BYTES,
     Blob,
@@ -31,15 +32,16 @@ def read(place: Path, tars: Sequence[Path]) -> Dataset:
     others: list[str] = []
     shard_of: dict[str, str] = {}
     for tar in tars:
-        pictures, captions, left = _members(tar, problems)
+        shard = listing.name_of(tar, place)
+        pictures, captions, left = _members(tar, shard, problems)
         others += left
-        found, wrong = grouped(pictures, captions, f"{tar.name}: ")
+        found, wrong = grouped(pictures, captions, f"{shard}: ")
         problems += wrong
         for item in found:
-            key = item.name.removeprefix(f"{tar.name}: ")
+            key = item.name.removeprefix(f"{shard}: ")
             if key in shard_of:
                 problems.append(f"{item.name}: {shard_of[key]} has a sample of this name, too.")
-            shard_of[key] = tar.name
+            shard_of[key] = shard
             items.append(item)
     if not items and not problems:
         problems.append(f"{place.name}: there is no picture in it.")
@@ -47,7 +49,9 @@ def read(place: Path, tars: Sequence[Path]) -> Dataset:
     return Dataset(path=place, items=tuple(items), problems=tuple(problems), notes=notes)
 
 
-def _members(tar: Path, problems: list[str]) -> tuple[list[Blob], dict[str, str], list[str]]:
+def _members(
+    tar: Path, shard: str, problems: list[str]
+) -> tuple[list[Blob], dict[str, str], list[str]]:
     """A shard's pictures, its captions by name, and the names of what is neither."""
     pictures: list[Blob] = []
     captions: dict[str, str] = {}
@@ -57,7 +61,7 @@ def _members(tar: Path, problems: list[str]) -> tuple[list[Blob], dict[str, str]
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 wrong = _refused(member, seen)
-                where = f"{tar.name}: {member.name}"
+                where = f"{shard}: {member.name}"
                 if member.isdir():
                     continue
                 if wrong:
@@ -80,7 +84,7 @@ def _members(tar: Path, problems: list[str]) -> tuple[list[Blob], dict[str, str]
                 else:
                     others.append(member.name)
     except (tarfile.TarError, EOFError) as error:
-        problems.append(f"{tar.name}: damaged, or no tar file ({error}).")
+        problems.append(f"{shard}: damaged, or no tar file ({error}).")
     return pictures, captions, others
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from hidream.data import listing
 from hidream.data.dataset import Blob, Dataset, Item, make_item
 from hidream.errors import InputError, UsageError
 
@@ -18,25 +19,35 @@ KNOWN = (*PICTURE, *CAPTION, "source", "target", "instruction", "references")
 Row = tuple[str, Mapping[str, Any] | str]  # where it is; its values, or what is wrong with it
 
 
-def read(file: Path) -> Dataset:
-    """The items of a `.jsonl` or `.parquet` file; paths in it are relative to its folder."""
-    rows = _parquet(file) if file.suffix.lower() == ".parquet" else _json_lines(file)
+def read(place: Path, files: Sequence[Path]) -> Dataset:
+    """The items of `.jsonl` or `.parquet` files, in their order; paths in one are relative to its
+    folder."""
     items: list[Item] = []
     problems, others = [], set()
-    for where, row in rows:
-        if isinstance(row, str):
-            problems.append(f"{where}: {row}.")
-            continue
-        others |= row.keys() - set(KNOWN)
-        item, problem = _item(file, where, row)
-        if problem:
-            problems.append(problem)
-        if item is not None and not problem:
-            items.append(item)
-    if not items and not problems:
-        problems.append(f"{file.name}: it has no rows.")
-    notes = (f"other columns are left out: {', '.join(sorted(others))}",) if others else ()
-    return Dataset(path=file, items=tuple(items), problems=tuple(problems), notes=notes)
+    for file in files:
+        name = listing.name_of(file, place)
+        rows = list(_parquet(file) if file.suffix.lower() == ".parquet" else _json_lines(file))
+        for where, row in rows:
+            where = f"{name}, {where}"
+            if isinstance(row, str):
+                problems.append(f"{where}: {row}.")
+                continue
+            others |= row.keys() - set(KNOWN)
+            item, problem = _item(file, where, row)
+            if problem:
+                problems.append(problem)
+            if item is not None and not problem:
+                items.append(item)
+        if not rows:
+            problems.append(f"{name}: it has no rows.")
+    notes = []
+    if len(files) > 1:
+        names = [listing.name_of(file, place) for file in files]
+        notes.append(f"{len(files)} tables are read: {listing.some(names)}")
+    if others:
+        notes.append(f"other columns are left out: {', '.join(sorted(others))}")
+    path = files[0] if len(files) == 1 else place
+    return Dataset(path=path, items=tuple(items), problems=tuple(problems), notes=tuple(notes))
 
 
 def _item(file: Path, where: str, row: Mapping[str, Any]) -> tuple[Item | None, str]:
@@ -82,11 +93,11 @@ def _blob(file: Path, where: str, value: Any) -> Blob | str:
 
 def _json_lines(file: Path) -> Iterator[Row]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"the data {file} is not UTF-8.") from error
     for number, line in enumerate(lines, start=1):
-        where = f"{file.name}, line {number}"
+        where = f"line {number}"
         if not line.strip():
             continue
         try:
@@ -122,7 +133,7 @@ def _parquet(file: Path) -> Iterator[Row]:
             stored: dict[str, Callable[[], bytes]] = {
                 name: partial(_cell, file, group, place, name) for name in heavy
             }
-            yield f"{file.name}, row {number}", {**row, **stored}
+            yield f"row {number}", {**row, **stored}
 
 
 def _holds_bytes(kind: Any) -> bool:

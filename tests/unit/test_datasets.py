@@ -175,6 +175,73 @@ def test_parquet(tmp_path):
         open_dataset(tmp_path / "bad.parquet")
 
 
+def test_all_tables_of_a_folder_are_read(tmp_path):
+    """As the hub lays them out; their paths begin in their own folder."""
+    (tmp_path / "data").mkdir()
+    fill(tmp_path / "data" / "pictures", "a.png")
+    tmp_path.joinpath("README.md").write_text("mine")
+    row = {"image": str(tmp_path / "data" / "pictures" / "a.png")}
+    for name in ("train-1.jsonl", "train-0.JSONL"):
+        (tmp_path / "data" / name).write_text(json.dumps(row | {"caption": name}) + "\n")
+    assert problems(tmp_path)  # beside pictures a table has to be named
+    found = open_dataset(tmp_path, "table")
+    assert not found.problems
+    assert [item.caption for item in found.items] == ["train-0.JSONL", "train-1.jsonl"]
+    assert found.notes == (
+        "2 tables are read: data/train-0.JSONL, data/train-1.jsonl",
+        "1 other files are left out: README.md",
+    )
+    (tmp_path / "data" / "pictures").rename(tmp_path.parent / "pictures")
+    assert problems(tmp_path) == (
+        f"data/train-0.JSONL, line 1: {row['image']} does not exist.\n"
+        f"data/train-1.jsonl, line 1: {row['image']} does not exist."
+    )
+
+
+def test_tables_and_shards_side_by_side_are_refused(tmp_path):
+    (tmp_path / "more").mkdir()
+    shard(tmp_path / "more" / "0.TAR", ("a.png", picture_bytes()), ("a.txt", b"one"))
+    (tmp_path / "0.tar.gz").write_bytes(b"x")
+    found = open_dataset(tmp_path)
+    assert [item.name for item in found.items] == ["more/0.TAR: a"]
+    assert found.notes == ("0.tar.gz is left out: archives are read as .tar, not compressed",)
+    (tmp_path / "b.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"more than one kind: b\.jsonl and more/0\.TAR"):
+        open_dataset(tmp_path)
+    (tmp_path / "c.parquet").write_text("{}")
+    with pytest.raises(InputError, match=r"more than one kind: b\.jsonl and c\.parquet"):
+        open_dataset(tmp_path, "table")
+    with pytest.raises(InputError, match="holds no table"):
+        open_dataset(tmp_path / "more", "table")
+    with pytest.raises(InputError, match="neither a folder nor a file"):
+        open_dataset(tmp_path / "0.tar.gz")
+
+
+def test_what_lies_beside_is_named(tmp_path):
+    fill(tmp_path / "in", "a.png", "b.png")
+    for name in ("train.jsonl", "metadata.csv", "0.tar", "0.zip", *(f"{i}.md" for i in range(5))):
+        (tmp_path / name).write_text("x")
+    notes = open_dataset(tmp_path).notes
+    assert notes[0] == "5 other files are left out: 0.md, 1.md, 2.md and 2 more"
+    assert notes[1].startswith("train.jsonl is left out: beside pictures a table is read as")
+    assert [note.partition(" is")[0] for note in notes[2:]] == ["0.tar", "metadata.csv", "0.zip"]
+    (tmp_path / "in" / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "two"}')
+    found = open_dataset(tmp_path)
+    assert [item.caption for item in found.items] == ["two"]
+    assert not found.problems
+    assert "in/a.png is left out: no row and no shard has it" in found.notes
+
+
+def test_a_line_ends_where_it_ends(tmp_path):
+    fill(tmp_path, "a.png")
+    said = "one\u2028two\u0085three\x1cfour"
+    row = json.dumps({"image": "a.png", "caption": said}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"{row}\r\n{row}\n".encode())
+    found = open_dataset(tmp_path)
+    assert not found.problems
+    assert [item.caption for item in found.items] == ["one two three four"] * 2
+
+
 # -- faults ----------------------------------------------------------------------------------------
 
 
