@@ -374,4 +374,5 @@ def mirrored(sample: Pictured) -> Pictured:
 def _why(error: Exception) -> str:
     if isinstance(error, InputError):
         return f"{error.problem} {error.remedy}".strip()
-    return f"it cannot be read ({getattr(error, 'strerror', None) or error})."
+    told = getattr(error, "strerror", None) or str(error)
+    return f"it cannot be read ({' '.join(told.split())})."

@@ -242,6 +242,71 @@ def test_a_line_ends_where_it_ends(tmp_path):
     assert [item.caption for item in found.items] == ["one two three four"] * 2
 
 
+def test_parquet_has_every_column_in_every_row(tmp_path):
+    """The tasks of one table: what a row lacks is null there."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is optional: the extra data")
+    from pyarrow import parquet
+
+    def cell(number):
+        return {"bytes": picture_bytes(number), "path": None}
+
+    rows = [
+        {"image": cell(0), "caption": "one"},
+        {"source": cell(1), "target": cell(2), "instruction": "do"},
+        {"image": cell(3), "caption": "two", "references": [cell(4), cell(5)]},
+        {"image": {"bytes": None, "path": None}, "caption": "three"},
+    ]
+    names = ("image", "caption", "source", "target", "instruction", "references")
+    full = [{name: row.get(name) for name in names} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(full), tmp_path / "a.parquet", row_group_size=2)
+    found = open_dataset(tmp_path / "a.parquet")
+    assert found.problems == ("a.parquet, row 4: it has no image.",)
+    assert not found.notes
+    said = [(item.task, item.caption) for item in found.items]
+    assert said == [("text_to_image", "one"), ("edit", "do"), ("subject", "two")]
+    pictures = [np.asarray(blob.picture()) for item in found.items for blob in item.blobs]
+    for number, pixels in zip((0, 2, 1, 3, 4, 5), pictures, strict=True):
+        assert (pixels == np.asarray(tiny.picture(number))).all()
+    plain = [{**row, "references": None} for row in full]
+    plain[2]["references"] = [picture_bytes(6)]
+    plain[3]["image"] = cell(7)
+    parquet.write_table(pyarrow.Table.from_pylist(plain), tmp_path / "b.parquet")
+    items = open_dataset(tmp_path / "b.parquet").items
+    assert [item.task for item in items] == ["text_to_image", "edit", "subject", "text_to_image"]
+    assert items[2].references[0].size() == (60, 44)
+
+
+def test_damaged_pages_are_told_in_one_line(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is optional: the extra data")
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"image": [picture_bytes(i) for i in range(3)], "caption": ["one"] * 3})
+    parquet.write_table(table, file, use_dictionary=False)
+    data = bytearray(file.read_bytes())
+    data[4:40] = b"\xff" * 36  # the header of the pictures' page
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="3 things are wrong") as raised:
+        TrainingData(recipe_of(file), 16)
+    for number, line in enumerate(raised.value.details, start=1):
+        assert line.startswith(f"a.parquet, row {number}: the data {file} is damaged: ")
+        assert "\n" not in line
+
+
+def test_a_column_named_source_makes_no_edit_of_a_picture(tmp_path):
+    fill(tmp_path, "a.png", "b.png")
+    row = {"image": "a.png", "caption": "one"}
+    lines_of(tmp_path, row | {"source": "flickr"}, row | {"target": "dog", "source": None})
+    found = open_dataset(tmp_path)
+    assert not found.problems
+    assert [item.task for item in found.items] == ["text_to_image"] * 2
+    assert found.notes[0] == "other columns are left out: source, target"
+    lines_of(tmp_path, row | {"source": "flickr", "target": "b.png"}, row | {"source": "b.png"})
+    told = open_dataset(tmp_path).problems
+    assert "flickr does not exist. A row whose source or target is a picture is an edit" in told[0]
+    assert "the target is missing. A row whose source" in told[1]
+
+
 # -- faults ----------------------------------------------------------------------------------------
 
 
