@@ -84,9 +84,14 @@ def read_size(source: str | Path | Image.Image, name: str = "picture") -> tuple[
     return (image.height, image.width) if rotated else image.size
 
 
-def open_picture(data: bytes, name: str = "picture") -> Image.Image:
-    """A picture from a file's bytes, its header checked like that of any picture that is read."""
-    return _opened(data, name)
+def open_picture(
+    data: bytes, name: str = "picture", formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """A picture from a file's bytes, its header checked like that of any picture that is read.
+
+    `formats`: Pillow's names of those that are read. Of several frames it is the first.
+    """
+    return _opened(data, name, formats)
 
 
 def read_file(source: str | Path, name: str = "picture") -> bytes:
@@ -288,13 +293,15 @@ def check_outputs(
             )
 
 
-def _opened(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
+def _opened(
+    source: str | Path | bytes | Image.Image, name: str, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """The picture with its header read and its size checked, its pixels not yet."""
     if isinstance(source, Image.Image):
         image = source
     else:
         data = source if isinstance(source, bytes) else read_file(source, name)
-        image = _opened_file(data, _label(source, name))
+        image = _opened_file(data, _label(source, name), formats)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(
@@ -310,10 +317,10 @@ def _opened(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
     return image
 
 
-def _opened_file(data: bytes, label: str) -> Image.Image:
+def _opened_file(data: bytes, label: str, formats: Sequence[str]) -> Image.Image:
     try:
         with _quietly():
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            return Image.open(io.BytesIO(data), formats=tuple(formats))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{label} would unpack to more pixels than the limit of {MAX_PIXELS} (8192x8192).",

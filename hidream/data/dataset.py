@@ -18,7 +18,7 @@ from PIL import Image
 
 from hidream.data import listing
 from hidream.errors import InputError, UsageError
-from hidream.pictures import SUFFIXES, open_picture, read_picture, read_size
+from hidream.pictures import open_picture, read_file, read_picture, read_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +41,20 @@ class Blob:
     path: Path | None = None
 
     def picture(self) -> Image.Image:
-        """The picture, upright and RGB. Raises InputError where it cannot be had."""
-        if self.path is not None:
-            return read_picture(self.path, "it")
-        return read_picture(open_picture(self.read(), "it"), "it")
+        """The picture, upright and RGB; of several frames the first. Raises InputError where it
+        cannot be had."""
+        return read_picture(self._opened(), "it")
 
     def size(self) -> tuple[int, int]:
         """Upright width and height, from the header. Raises InputError alike."""
-        if self.path is not None:
-            return read_size(self.path, "it")
-        return read_size(open_picture(self.read(), "it"), "it")
+        return read_size(self._opened(), "it")
+
+    def _opened(self) -> Image.Image:
+        data = self.read() if self.path is None else read_file(self.path, "it")
+        image = open_picture(data, "it", listing.FORMATS)
+        if image.mode in ("F", "LAB"):
+            raise InputError(f"its colours ({image.mode}) are not read.", "Save it as RGB.")
+        return image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +132,9 @@ def _folder(place: Path, files: Sequence[Path]) -> Dataset:
     pictures, captions, others, problems = [], {}, [], []
     for path in files:
         name = listing.name_of(path, place)
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in listing.PICTURES:
             pictures.append(Blob(name, path.read_bytes, path))
-        elif path.suffix.lower() == ".txt":
+        elif path.suffix.lower() in listing.CAPTIONS:
             try:
                 captions[name] = caption_of(path.read_bytes()[: MAX_CAPTION_BYTES + 1])
             except ValueError as error:
@@ -138,7 +142,7 @@ def _folder(place: Path, files: Sequence[Path]) -> Dataset:
                 captions[name] = "?"  # told already
         else:
             others.append(name)
-    items, found = grouped(pictures, captions)
+    items, found = grouped(pictures, captions, others)
     if not pictures and not found:
         found.append(f"{place.name}: there is no picture in it.")
     notes = listing.left_out(others)
@@ -156,18 +160,26 @@ def caption_of(data: bytes) -> str:
 
 
 def grouped(
-    pictures: Sequence[Blob], captions: dict[str, str], where: str = ""
+    pictures: Sequence[Blob], captions: dict[str, str], others: Sequence[str] = (), where: str = ""
 ) -> tuple[tuple[Item, ...], list[str]]:
     """Items of files that belong together by their names, and what is wrong.
 
     NAME.png and NAME.txt are one; with NAME.source.png and NAME.target.png it is an edit; with
-    NAME.png and NAME.ref1.png … a picture of subjects. `where` stands before names in messages.
+    NAME.png and NAME.ref1.png … a picture of subjects. `captions` by their files' names; `others`
+    are the names of files that are neither. `where` stands before names in messages.
     """
     roles: dict[str, dict[str, Blob]] = defaultdict(dict)
-    texts = {str(PurePosixPath(name).with_suffix("")): text for name, text in captions.items()}
+    files: dict[str, str] = {}  # of captions, by what they are captions of
     problems = []
+    for file in captions:
+        key = _stem(file)
+        if file.endswith(".json") and key in files:
+            continue
+        if key in files and not files[key].endswith(".json"):
+            problems.append(f"{where}{files[key]} and {file}: two captions of one name.")
+        files[key] = file
     for blob in pictures:
-        stem = str(PurePosixPath(blob.name.removeprefix(where)).with_suffix(""))
+        stem = _stem(blob.name.removeprefix(where))
         part = _ROLE.fullmatch(stem)
         key, role = (part[1], part[2]) if part else (stem, "picture")
         if role in roles[key]:
@@ -176,19 +188,25 @@ def grouped(
             roles[key][role] = blob
     items = []
     for key, parts in roles.items():
-        caption = texts.pop(key, None)
-        first = next(iter(parts.values()))
+        file = files.pop(key, "")
+        caption, first = captions.get(file), next(iter(parts.values()))
         if caption is None:
             problems.append(f"{first.name}: it has no caption ({where}{key}.txt is not there).")
         elif not caption:
-            problems.append(f"{where}{key}.txt: the caption is empty.")
+            problems.append(f"{where}{file}: the caption is empty.")
         item, problem = make_item(f"{where}{key}", caption or "", parts)
         if problem:
             problems.append(problem)
         if item is not None and caption:
             items.append(item)
-    problems += [f"{where}{key}.txt: no picture has this name." for key in texts]
+    near = {_stem(name): f" ({name} is not read)" for name in others}
+    for key, file in files.items():
+        problems.append(f"{where}{file}: no picture has this name{near.get(key, '')}.")
     return tuple(items), problems
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
 
 
 def make_item(name: str, caption: str, parts: dict[str, Blob]) -> tuple[Item | None, str]:
@@ -220,12 +238,13 @@ def make_item(name: str, caption: str, parts: dict[str, Blob]) -> tuple[Item | N
     return item, ""
 
 
-def complain(path: Path, problems: Sequence[str]) -> InputError:
-    """One error that tells all of them."""
+def complain(path: Path, problems: Sequence[str], notes: Sequence[str] = ()) -> InputError:
+    """One error that tells all problems, and after them the notes."""
     told = tuple(problems[:MAX_TOLD])
     if len(problems) > MAX_TOLD:
         told += (f"and {len(problems) - MAX_TOLD} more.",)
     many = "one thing is" if len(problems) == 1 else f"{len(problems)} things are"
+    told += tuple(f"{note}." for note in notes)
     return InputError(
         f"{many} wrong with the data {path}.", "Mend or remove what is named here.", told
     )

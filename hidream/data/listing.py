@@ -8,13 +8,18 @@ from pathlib import Path
 from hidream.errors import InputError
 from hidream.pictures import SUFFIXES
 
+PICTURES = SUFFIXES | {".gif": "GIF", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS = tuple(dict.fromkeys(PICTURES.values()))
+CAPTIONS = (".txt", ".caption")
 TABLES = (".jsonl", ".parquet")
 METADATA = ("metadata.jsonl", "metadata.parquet")
 KIND_OF = dict.fromkeys(TABLES, "table") | {".tar": "webdataset"}
 MAX_NAMED = 3  # files in a note; more are counted
 # Why a file that looks like data is not read, by how its name ends.
+_UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".dng")
 _REASONS = {
-    tuple(SUFFIXES): "no row and no shard has it",
+    _UNREAD: "pictures are read as PNG, JPEG, WebP, GIF, BMP or TIFF",
+    tuple(PICTURES): "no row and no shard has it",
     TABLES: "beside pictures a table is read as metadata.jsonl or metadata.parquet, or by its path",
     (".tar",): "shards are read where they are alone, or by their path",
     (".csv", ".tsv", ".json", ".arrow"): "tables are read as .jsonl or .parquet",
@@ -40,7 +45,7 @@ def kind_of(place: Path, files: Sequence[Path]) -> str:
     suffixes = {path.suffix.lower() for path in files}
     if _metadata(files):
         return "table"
-    if place.is_dir() and suffixes & SUFFIXES.keys():
+    if place.is_dir() and suffixes & PICTURES.keys():
         return "folder"
     kinds = {KIND_OF[suffix] for suffix in suffixes if suffix in KIND_OF}
     if len(kinds) > 1:

@@ -22,7 +22,7 @@ from hidream.data.dataset import (
 )
 from hidream.data.tables import CAPTION
 from hidream.errors import InputError
-from hidream.pictures import MAX_BYTES, SUFFIXES
+from hidream.pictures import MAX_BYTES
 
 
 def read(place: Path, tars: Sequence[Path]) -> Dataset:
@@ -35,7 +35,7 @@ def read(place: Path, tars: Sequence[Path]) -> Dataset:
         shard = listing.name_of(tar, place)
         pictures, captions, left = _members(tar, shard, problems)
         others += left
-        found, wrong = grouped(pictures, captions, f"{shard}: ")
+        found, wrong = grouped(pictures, captions, left, f"{shard}: ")
         problems += wrong
         for item in found:
             key = item.name.removeprefix(f"{shard}: ")
@@ -70,17 +70,16 @@ def _members(
                 seen.add(member.name)
                 kind = PurePosixPath(member.name).suffix.lower()
                 span = partial(_span, tar, member.offset_data, member.size)
-                if kind in SUFFIXES:
+                if kind in listing.PICTURES:
                     pictures.append(Blob(where, span))
-                elif kind in (".txt", ".json"):
+                elif kind in (*listing.CAPTIONS, ".json"):
                     try:
                         text = _said(span(), kind)
                     except ValueError as error:
                         problems.append(f"{where}: {error}.")
                         text = "?"  # told already
-                    name = str(PurePosixPath(member.name).with_suffix(".txt"))
                     if text is not None:
-                        captions.setdefault(name, text)
+                        captions[member.name] = text
                 else:
                     others.append(member.name)
     except (tarfile.TarError, EOFError) as error:
@@ -97,15 +96,17 @@ def _refused(member: tarfile.TarInfo, seen: set[str]) -> str:
         return "it is a link, a device or something else that is no plain file"
     if member.name in seen:
         return "the shard holds another member of this name"
-    most = MAX_BYTES if path.suffix.lower() in SUFFIXES else MAX_CAPTION_BYTES
-    if path.suffix.lower() in (*SUFFIXES, ".txt", ".json") and member.size > most:
+    kind = path.suffix.lower()
+    most = MAX_BYTES if kind in listing.PICTURES else MAX_CAPTION_BYTES
+    read = (*listing.PICTURES, *listing.CAPTIONS, ".json")
+    if kind in read and member.size > most:
         return f"it has {member.size} bytes; at most {most} are read"
     return ""
 
 
 def _said(data: bytes, kind: str) -> str | None:
     """The caption in a member; a JSON object may have none. Raises ValueError alike."""
-    if kind == ".txt":
+    if kind != ".json":
         return caption_of(data)
     try:
         row = json.loads(data)

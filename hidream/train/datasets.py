@@ -108,7 +108,7 @@ class TrainingData:
                     sizes[-1] = found
                     problems += self._too_small(blob.name, item.caption, found)
         if problems:
-            raise complain(self.dataset.path, problems)
+            raise complain(self.dataset.path, problems, self.dataset.notes)
         self.sizes = tuple(sizes)
         for number, stage in enumerate(self.recipe.stages):
             for task, weight in stage.tasks.items():

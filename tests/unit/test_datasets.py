@@ -307,6 +307,47 @@ def test_a_column_named_source_makes_no_edit_of_a_picture(tmp_path):
     assert "the target is missing. A row whose source" in told[1]
 
 
+def test_pictures_that_others_write_and_captions_of_other_names(tmp_path):
+    for seed, kind in enumerate(("GIF", "BMP", "TIFF", "TIFF")):
+        suffix = ".tif" if seed == 3 else f".{kind.lower()}"
+        frames = [tiny.picture(i, 60, 44) for i in (seed, 9)]
+        more = {} if kind == "BMP" else {"save_all": True, "append_images": frames[1:]}
+        frames[0].save(tmp_path / f"{seed}{suffix}", kind, **more)
+        (tmp_path / f"{seed}.caption").write_text(f"number {seed}")
+    found = open_dataset(tmp_path)
+    assert not found.problems
+    assert [item.caption for item in found.items] == [f"number {i}" for i in range(4)]
+    for seed, item in enumerate(found.items):
+        assert item.picture.size() == (60, 44)
+        difference = np.asarray(item.picture.picture()).astype(int) - tiny.picture(seed, 60, 44)
+        assert abs(difference).mean() < (12 if seed == 0 else 0.1)  # GIF has 256 colours
+    files = sorted(path for path in tmp_path.iterdir() if path.name[0] in "01")
+    packed = shard(tmp_path / "a.tar", *((path.name, path.read_bytes()) for path in files))
+    assert [item.caption for item in open_dataset(packed).items] == ["number 0", "number 1"]
+    (tmp_path / "1.txt").write_text("again")
+    Image.new("F", (60, 44)).save(tmp_path / "3.tif")
+    with pytest.raises(InputError, match="2 things are wrong") as raised:
+        TrainingData(recipe_of(tmp_path), 16)
+    assert raised.value.details == (
+        "1.caption and 1.txt: two captions of one name.",
+        "3.tif: its colours (F) are not read. Save it as RGB.",
+        "a.tar is left out: shards are read where they are alone, or by their path.",
+    )
+
+
+def test_a_caption_of_a_picture_that_is_not_read(tmp_path):
+    fill(tmp_path, "a.txt", "b.png", "metadata.csv")
+    (tmp_path / "a.heic").write_bytes(b"x")
+    with pytest.raises(InputError, match="2 things are wrong") as raised:
+        TrainingData(recipe_of(tmp_path), 16)
+    assert raised.value.details == (
+        "b.png: it has no caption (b.txt is not there).",
+        "a.txt: no picture has this name (a.heic is not read).",
+        "a.heic is left out: pictures are read as PNG, JPEG, WebP, GIF, BMP or TIFF.",
+        "metadata.csv is left out: tables are read as .jsonl or .parquet.",
+    )
+
+
 # -- faults ----------------------------------------------------------------------------------------
 
 
