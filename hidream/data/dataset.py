@@ -61,18 +61,27 @@ class Blob:
 class Item:
     """A picture and what is said of it.
 
-    `references`: an edit's source, or the subjects that the picture shows; `task` says which.
+    `references`: an edit's source, or the subjects that the picture shows; `task` says which. Of
+    understanding, `caption` is the question and `answer` its answer; of language, `caption` is the
+    text and there is no picture.
     """
 
     name: str
     task: str
     caption: str
-    picture: Blob
+    picture: Blob | None
     references: tuple[Blob, ...] = ()
+    answer: str = ""
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
-        return (self.picture, *self.references)
+        """Its pictures, the one that it is of first."""
+        return (*([self.picture] if self.picture else []), *self.references)
+
+    @property
+    def words(self) -> str:
+        """All that is said."""
+        return f"{self.caption} {self.answer}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)

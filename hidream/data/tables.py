@@ -22,6 +22,8 @@ COLUMNS = {
     "text_to_image": (*PICTURE, *CAPTION),
     "edit": (*EDIT, "instruction", *CAPTION),
     "subject": (*PICTURE, *CAPTION, "references"),
+    "language": ("text",),
+    "understanding": (*PICTURE, "question", "answer"),
 }
 PICTURES = (*PICTURE, *EDIT, "references")  # whose cells may be bytes
 Row = tuple[str, Mapping[str, Any] | str]  # where it is; its values, or what is wrong with it
@@ -62,20 +64,22 @@ def read(place: Path, files: Sequence[Path]) -> Dataset:
 def _item(file: Path, where: str, row: Mapping[str, Any]) -> tuple[Item | None, str]:
     """The item of a row without empty cells, and what is wrong with it, if something is."""
     is_edit = _is_edit(file, row)
-    words = COLUMNS["edit"][2:] if is_edit else CAPTION
-    caption = next((row[name] for name in words if name in row), None)
-    if caption is None:
-        return None, f"{where}: it has no {words[0]}."
-    if not isinstance(caption, str):
-        return None, f"{where}: the {words[0]} is no text."
-    caption = " ".join(caption.split())
-    if not caption:
-        return None, f"{where}: the {words[0]} is empty."
+    is_question = not is_edit and _is_question(row)
+    words = COLUMNS["edit"][2:] if is_edit else ("question",) if is_question else CAPTION
+    caption, problem = _words(where, row, words)
+    answer = ""
+    if is_question and not problem:
+        answer, problem = _words(where, row, ("answer",))
+    if problem:
+        return None, problem
+    if row.keys() == {"text"}:
+        return Item(name=where, task="language", caption=caption, picture=None), ""
     given = {role: row[role] for role in EDIT if role in row}
     if not is_edit:
         given = {"picture": next((row[name] for name in PICTURE if name in row), None)}
         if given["picture"] is None:
-            return None, f"{where}: it has no image."
+            alone = " (as language, text stands alone)" if "text" in row else ""
+            return None, f"{where}: it has no image{alone}."
         references = row.get("references", [])
         if not isinstance(references, list):
             return None, f"{where}: references must be a list."
@@ -86,8 +90,35 @@ def _item(file: Path, where: str, row: Mapping[str, Any]) -> tuple[Item | None, 
         if isinstance(blob, str):
             return None, f"{where}: {blob}.{_hint(row) if is_edit else ''}"
         parts[role] = blob
-    item, problem = make_item(where, caption, parts)
-    return item, problem + (_hint(row) if problem and is_edit else "")
+    if is_question:
+        item = Item(
+            name=where,
+            task="understanding",
+            caption=caption,
+            picture=parts["picture"],
+            answer=answer,
+        )
+        return item, ""
+    made, problem = make_item(where, caption, parts)
+    return made, problem + (_hint(row) if problem and is_edit else "")
+
+
+def _words(where: str, row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str]:
+    """The text in the first of some columns that a row has, and what is wrong with it. What is read
+    or said word for word keeps its lines."""
+    text = next((row[name] for name in names if name in row), None)
+    if text is None:
+        return "", f"{where}: it has no {names[0]}."
+    if not isinstance(text, str):
+        return "", f"{where}: the {names[0]} is no text."
+    exact = row.keys() == {"text"} or names[0] == "answer"
+    text = text.strip() if exact else " ".join(text.split())
+    return text, "" if text else f"{where}: the {names[0]} is empty."
+
+
+def _is_question(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a question or an answer, and no caption: beside one they are others'."""
+    return bool({"question", "answer"} & row.keys()) and not any(name in row for name in CAPTION)
 
 
 def _is_edit(file: Path, row: Mapping[str, Any]) -> bool:

@@ -204,7 +204,7 @@ def _draw(
 ) -> _Found:
     """Sample `index` of the run."""
     task = draw_task(recipe, stage, index)
-    if data is not None and not data.from_world(index):
+    if data is not None and not data.from_world(number, task, index):
         sample, corrupt = data.sample(number, task, index)
         return _Found(task, sample, sample.size, corrupt=corrupt)
     return _draw_world(recipe, tokenizer, stage, task, index)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 from PIL import Image
 
+from hidream.data import listing
 from hidream.data.dataset import Item, complain, open_dataset
 from hidream.errors import InputError, UsageError
-from hidream.train.config import Recipe
+from hidream.train.config import Recipe, Stage
 from hidream.train.draws import REDRAW, Stream, draw_sample, draw_task, generator
 from hidream.world.tasks import TASKS, Sample
 
@@ -29,15 +31,19 @@ logger = logging.getLogger(__name__)
 MAX_ASPECT = 4  # of the sizes that pictures are trained at
 NUM_STEPS = 16  # of their sides, at most, along a square's
 MAX_KEPT = 256 * 1024**2  # bytes of pictures that are ready to be trained on
+MAX_CROP = 1 / 3  # of a picture; what loses more is named
 FINGERPRINT = "data.json"
 Size = tuple[int, int]  # width, height
 _SIDES = {"left", "right", "left-hand", "right-hand"}
-Fits = Callable[[str, str], str]  # (task, caption) -> why it does not fit; empty where it does
+Fits = Callable[[str, str], str]  # (task, words) -> why they do not fit; empty where they do
 
 
 @dataclass(frozen=True)
 class Pictured:
-    """A sample of a dataset, as the world's are: its words, and its pictures at their sizes."""
+    """A sample of a dataset, as the world's are: its words, and its pictures at their sizes.
+
+    Of language there is no picture: `pixels` are black, and nobody looks at them.
+    """
 
     task: str
     prompt: str
@@ -76,60 +82,76 @@ class Drawn:
 class TrainingData:
     """The dataset of a recipe.
 
-    `multiple`: the model's pictures have sides that are multiples of it, in pixels. Raises
-    InputError for a dataset with anything wrong, UsageError where a stage asks for a task that it
-    has no items of.
+    `multiple`: the model's pictures have sides that are multiples of it, in pixels. `unpack`: read
+    every picture whole, not its header alone. Raises InputError for a dataset with anything wrong,
+    UsageError where a stage asks for a task that it has no items of and the world has no share.
     """
 
-    def __init__(self, recipe: Recipe, multiple: int, fits: Fits | None = None):
+    def __init__(
+        self, recipe: Recipe, multiple: int, fits: Fits | None = None, *, unpack: bool = False
+    ):
         self.recipe = recipe
         self.multiple = multiple
         self.dataset = open_dataset(recipe.data.path, recipe.data.kind)
         self.items = self.dataset.items
         self._named: set[str] = set()
         self._ready = _Kept(MAX_KEPT)
-        self._check(fits or (lambda task, caption: ""))
+        self._shapes = self._check(fits or (lambda task, words: ""), unpack)
+        self.sizes = tuple(shapes[0] if shapes else (1, 1) for shapes in self._shapes)
+        self._check_tasks()
 
-    def _check(self, fits: Fits) -> None:
-        """Refuse a dataset with anything wrong; its captions and sizes are looked at here."""
-        problems, sizes = list(self.dataset.problems), []
+    def _check(self, fits: Fits, unpack: bool) -> tuple[tuple[Size, ...], ...]:
+        """The sizes of each item's pictures. Raises InputError with all that is wrong."""
+        problems, shapes = list(self.dataset.problems), []
         for item in self.items:
-            problem = fits(item.task, item.caption)
+            problem = fits(item.task, item.words)
             if problem:
                 problems.append(f"{item.name}: {problem}.")
-            sizes.append((1, 1))
+            sizes = []
             for blob in item.blobs:
                 try:
-                    found = blob.size()
+                    sizes.append(blob.size())
+                    if unpack:
+                        blob.picture()
                 except (InputError, OSError) as error:
                     problems.append(f"{blob.name}: {_why(error)}")
                     continue
                 if blob is item.picture:
-                    sizes[-1] = found
-                    problems += self._too_small(blob.name, item.caption, found)
+                    problems += self._too_small(item, blob.name, sizes[0])
+            shapes.append(tuple(sizes))
         if problems:
             raise complain(self.dataset.path, problems, self.dataset.notes)
-        self.sizes = tuple(sizes)
-        for number, stage in enumerate(self.recipe.stages):
-            for task, weight in stage.tasks.items():
-                if weight and not self._of_task(task):
-                    there = Counter(item.task for item in self.items)
-                    raise UsageError(
-                        f"stages.{number}.tasks has {task}; the data {self.dataset.path} has "
-                        f"{', '.join(f'{n} of {task}' for task, n in sorted(there.items()))}.",
-                        "Give tasks that it has: stages.0.tasks = { "
-                        f"{next(iter(there), 'text_to_image')} = 1.0 }}.",
-                    )
-                if weight and not self._of_stage(number, task):
-                    raise UsageError(
-                        f"stages.{number}.filter leaves none of {len(self._of_task(task))} of "
-                        f"{task} in {self.dataset.path}.",
-                        "Loosen its rules.",
-                    )
+        return tuple(shapes)
 
-    def _too_small(self, name: str, caption: str, found: Size) -> list[str]:
+    def _check_tasks(self) -> None:
+        """Raise UsageError for tasks or filters with which there is nothing to learn from."""
+        there = Counter(item.task for item in self.items)
+        for number, task in self._asked:
+            if there[task] and not self._of_stage(number, task):
+                raise UsageError(
+                    f"stages.{number}.filter leaves none of {there[task]} of {task} in "
+                    f"{self.dataset.path}.",
+                    "Loosen its rules.",
+                )
+        lacking = [(number, task) for number, task in self._asked if not there[task]]
+        if lacking and (len(lacking) == len(self._asked) or not self.recipe.data.world):
+            number, task = lacking[0]
+            raise UsageError(
+                f"stages.{number}.tasks has {task}; the data {self.dataset.path} has "
+                f"{', '.join(f'{n} of {task}' for task, n in sorted(there.items()))}.",
+                "Give tasks that it has: stages.0.tasks = { "
+                f"{next(iter(there), 'text_to_image')} = 1.0 }}.",
+            )
+
+    @cached_property
+    def _asked(self) -> list[tuple[int, str]]:
+        """The stages by number, with each of their tasks."""
+        stages = enumerate(self.recipe.stages)
+        return [(number, task) for number, stage in stages for task, w in stage.tasks.items() if w]
+
+    def _too_small(self, item: Item, name: str, found: Size) -> list[str]:
         for stage in self.recipe.stages:
-            if not stage.filter.admits(caption, math.prod(found)):
+            if not _trains(stage, item, found):
                 continue
             width, height = nearest_size(found, stage.size, self.multiple)
             if found[0] < width or found[1] < height:
@@ -139,30 +161,61 @@ class TrainingData:
                 ]
         return []
 
-    def unpack_all(self) -> None:
-        """Read every picture whole. Raises InputError that names all that cannot be."""
-        problems = []
-        for item in self.items:
-            for blob in item.blobs:
-                try:
-                    blob.picture()
-                except (InputError, OSError) as error:
-                    problems.append(f"{blob.name}: {_why(error)}")
-        if problems:
-            raise complain(self.dataset.path, problems)
-
     @property
     def summary(self) -> str:
-        """What there is, and the sizes at which the last stage trains it."""
-        stage = self.recipe.stages[-1]
-        tasks = Counter(item.task for item in self.items)
-        sizes = Counter(nearest_size(size, stage.size, self.multiple) for size in self.sizes)
+        """What is learnt from, and the sizes at which the last stage trains it."""
+        last = len(self.recipe.stages) - 1
+        tasks = Counter(self.items[i].task for i in self._trained)
+        sizes = Counter(
+            self._size(last, i)
+            for task in tasks
+            for i in self._of_stage(last, task)
+            if self.items[i].picture is not None
+        )
         shown = ", ".join(f"{n} at {w}x{h}" for (w, h), n in sizes.most_common(4))
         more = ", …" if len(sizes) > 4 else ""
-        return (
-            f"data: {', '.join(f'{n} of {task}' for task, n in sorted(tasks.items()))} "
-            f"({shown}{more})"
-        )
+        counts = ", ".join(f"{n} of {task}" for task, n in sorted(tasks.items()))
+        return f"data: {counts}" + (f" ({shown}{more})" if sizes else "")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth telling: what is left out, cropped, or comes from the world alone."""
+        notes, all_of = list(self.dataset.notes), f"of {len(self.items)}"
+        asked = {task for _, task in self._asked}
+        there = Counter(item.task for item in self.items)
+        untold = sorted(there.keys() - asked)
+        count = sum(there[task] for task in untold)
+        if count:
+            notes.append(f"{count} {all_of} are left out: no stage has {', '.join(untold)}")
+        count = len(self.items) - len(self._trained) - count
+        if count:
+            notes.append(f"{count} {all_of} are left out: no stage's filter admits them")
+        lacking = sorted(asked - there.keys())
+        if lacking:
+            notes.append(f"the data has no {', '.join(lacking)}: all of it comes from the world")
+        cut = [told for i in self._trained if (told := self._cropped(i))]
+        if cut:
+            notes.append(f"cropping takes more than a third of {len(cut)}: {listing.some(cut)}")
+        return tuple(notes)
+
+    @cached_property
+    def _trained(self) -> tuple[int, ...]:
+        """The items that any stage trains."""
+        return tuple(sorted({i for asked in self._asked for i in self._of_stage(*asked)}))
+
+    def _cropped(self, number: int) -> str:
+        """Which of an item's pictures loses too much at which size; empty where none does."""
+        item, shapes = self.items[number], self._shapes[number]
+        fitted = item.blobs if item.task == "edit" else item.blobs[:1]  # as `_pictured` does
+        for stage in self.recipe.stages:
+            if not _trains(stage, item, self.sizes[number]):
+                continue
+            width, height = nearest_size(self.sizes[number], stage.size, self.multiple)
+            for blob, found in zip(fitted, shapes, strict=False):
+                ratio = (found[0] * height) / (found[1] * width)
+                if min(ratio, 1 / ratio) < 1 - MAX_CROP:
+                    return f"{blob.name} ({found[0]}x{found[1]} at {width}x{height})"
+        return ""
 
     def draw(self, step: int, rank: int = 0, world: int = 1) -> Drawn:
         """Process `rank`'s samples of `step`: rank, rank + world, … of the step's. All have the
@@ -171,11 +224,12 @@ class TrainingData:
         number, _ = recipe.locate(step)
         stage, first = recipe.stages[number], recipe.first_sample(step)
         task = draw_task(recipe, stage, step)
-        size = self._size(number, self._at(self._of_stage(number, task), first))
+        these = self._of_stage(number, task)
+        size = self._size(number, self._at(these, first)) if these else (stage.size, stage.size)
         samples: list[Sample | Pictured] = []
         corrupt = 0
         for index in range(first + rank, first + stage.batch_size, world):
-            if self.from_world(index):
+            if self.from_world(number, task, index):
                 samples.append(draw_sample(recipe, stage, task, index))
                 continue
             sample, failed = self._sample(number, self._of_size(number, task, size), index)
@@ -183,8 +237,11 @@ class TrainingData:
             corrupt += failed
         return Drawn(task, size, tuple(samples), corrupt)
 
-    def from_world(self, index: int) -> bool:
-        """Whether the run's sample `index` is one of the world's."""
+    def from_world(self, stage: int, task: str, index: int) -> bool:
+        """Whether the run's sample `index` is one of the world's; all are of a task that the data
+        lacks."""
+        if not self._of_stage(stage, task):
+            return True
         dice = generator(self.recipe.seed, Stream.SOURCE, index)
         return dice.random() < self.recipe.data.world
 
@@ -195,7 +252,7 @@ class TrainingData:
 
     def size_at(self, stage: int, task: str, index: int) -> Size:
         """The size of that picture, if it can be read; of the world's, a square."""
-        if self.from_world(index):
+        if self.from_world(stage, task, index):
             side = self.recipe.stages[stage].size
             return (side, side)
         return self._size(stage, self._at(self._of_stage(stage, task), index))
@@ -206,7 +263,7 @@ class TrainingData:
 
     def describe(self) -> None:
         """Write into the run's folder what was learnt from; say so if it is another than before."""
-        told = [(i.name, i.task, i.caption, s) for i, s in zip(self.items, self.sizes, strict=True)]
+        told = [(i.name, i.task, i.words, s) for i, s in zip(self.items, self.sizes, strict=True)]
         digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         record = {"path": str(self.dataset.path), "items": len(told), "sha256": digest}
         file = self.recipe.run_dir / FINGERPRINT
@@ -235,13 +292,9 @@ class TrainingData:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _of_stage(self, stage: int, task: str) -> tuple[int, ...]:
-        """What a stage's filter admits of a task."""
-        rules = self.recipe.stages[stage].filter
-        return tuple(
-            i
-            for i in self._of_task(task)
-            if rules.admits(self.items[i].caption, math.prod(self.sizes[i]))
-        )
+        """What a stage learns from of a task."""
+        rules = self.recipe.stages[stage]
+        return tuple(i for i in self._of_task(task) if _trains(rules, self.items[i], self.sizes[i]))
 
     def _size(self, stage: int, number: int) -> Size:
         """At which a stage trains item `number`."""
@@ -284,6 +337,9 @@ class TrainingData:
 
     def _pictured(self, number: int, size: Size) -> Pictured:
         item = self.items[number]
+        if item.picture is None:
+            black = np.broadcast_to(np.uint8(0), (size[1], size[0], 3))  # takes no memory
+            return Pictured(item.task, "", black, answer=item.caption)
         kept = self._ready.get((number, size))
         if kept is None:
             pixels = np.asarray(fit(item.picture.picture(), size))
@@ -292,7 +348,14 @@ class TrainingData:
                 pictures = [fit(picture, size) for picture in pictures]
             kept = (pixels, *map(np.asarray, pictures))
             self._ready.put((number, size), kept)
-        return Pictured(item.task, item.caption, kept[0], kept[1:])
+        seen = kept if item.task == "understanding" else kept[1:]
+        return Pictured(item.task, item.caption, kept[0], seen, item.answer)
+
+
+def _trains(stage: Stage, item: Item, size: Size) -> bool:
+    """Whether a stage learns from an item whose picture, if it has one, is of `size`."""
+    num_pixels = math.prod(size) if item.picture is not None else None
+    return bool(stage.tasks.get(item.task)) and stage.filter.admits(item.caption, num_pixels)
 
 
 class _Kept:
@@ -362,7 +425,8 @@ def fit(picture: Image.Image, size: Size) -> Image.Image:
 
 def mirrored(sample: Pictured) -> Pictured:
     """The sample with all its pictures mirrored; as it is where its words tell sides."""
-    if _SIDES & set(sample.prompt.lower().replace(",", " ").replace(".", " ").split()):
+    words = f"{sample.prompt} {sample.answer}".lower()
+    if sample.task == "language" or _SIDES & set(re.findall(r"[\w-]+", words)):
         return sample
     return replace(
         sample,

@@ -131,7 +131,7 @@ class I1Learner(Learner):
             )
 
     @classmethod
-    def open_data(cls, recipe: Recipe) -> TrainingData | None:
+    def open_data(cls, recipe: Recipe, *, unpack: bool = False) -> TrainingData | None:
         if not recipe.data.path:
             return None
         if not recipe.init:
@@ -148,7 +148,7 @@ class I1Learner(Learner):
 
         config, _ = read_config(Path(recipe.init) / "vae")
         factor = 2 ** (len(config["block_out_channels"]) - 1)
-        return TrainingData(recipe, factor * model_config(recipe).patch_size, fits)
+        return TrainingData(recipe, factor * model_config(recipe).patch_size, fits, unpack=unpack)
 
     def lora_layers(self) -> list[str]:
         folder, _ = open_i1(self.recipe.init)

@@ -115,11 +115,9 @@ def check_data(recipe: Recipe) -> None:
     """Say what the recipe's dataset is; InputError with all that is wrong with it."""
     from hidream.train.learner import class_of
 
-    data = class_of(recipe).open_data(recipe)
+    data = class_of(recipe).open_data(recipe, unpack=recipe.data.check)
     if data is not None:
-        if recipe.data.check:
-            data.unpack_all()
-        for line in (data.summary, *data.dataset.notes):
+        for line in (data.summary, *data.notes):
             logger.info("%s", line)
 
 

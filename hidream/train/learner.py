@@ -119,8 +119,8 @@ class Learner(ABC):
         """Write what the network is into the run's folder: the first process does, as it begins."""
 
     @classmethod
-    def open_data(cls, recipe: Recipe) -> TrainingData | None:
-        """The recipe's dataset, its pictures not yet unpacked; None for the world.
+    def open_data(cls, recipe: Recipe, *, unpack: bool = False) -> TrainingData | None:
+        """The recipe's dataset; None for the world. `unpack`: each picture is read whole once.
 
         Raises InputError for one with anything wrong, UsageError where the family cannot use it.
         """

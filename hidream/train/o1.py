@@ -96,7 +96,7 @@ class O1Learner(Learner):
         return make_batch(self.recipe, config, self.tokenizer, step, rank, world, self.data)
 
     @classmethod
-    def open_data(cls, recipe: Recipe) -> TrainingData | None:
+    def open_data(cls, recipe: Recipe, *, unpack: bool = False) -> TrainingData | None:
         if not recipe.data.path:
             return None
         tokenizer = Tokenizer(tokenizer_folder(recipe))
@@ -105,7 +105,7 @@ class O1Learner(Learner):
             most, there = recipe.max_text, len(tokenizer.encode(caption))
             return f"its caption has {there} tokens; max_text is {most}" * (there > most)
 
-        return TrainingData(recipe, model_config(recipe).patch_size, fits)
+        return TrainingData(recipe, model_config(recipe).patch_size, fits, unpack=unpack)
 
     def lora_layers(self) -> list[str]:
         tensors = open_folder(_found(self.recipe.init)).tensors

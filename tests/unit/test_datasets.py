@@ -476,15 +476,39 @@ def test_sizes_captions_and_damage_are_told_with_the_rest(tmp_path):
     assert "is not a PNG, JPEG or WebP picture" in details
 
 
-def test_damage_inside_of_a_picture_is_found_when_all_are_unpacked(tmp_path):
-    fill(tmp_path, "a.png", "a.txt", "b.jpg", "b.txt")
+def test_damage_inside_of_a_picture_is_told_with_the_rest(tmp_path):
+    fill(tmp_path, "a.png", "a.txt", "b.jpg", "b.txt", "c.png")
     whole = (tmp_path / "b.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(whole[:-100])
-    data = TrainingData(recipe_of(tmp_path), 16)
-    with pytest.raises(InputError, match="one thing is wrong") as raised:
-        data.unpack_all()
-    assert "b.jpg" in raised.value.details[0]
-    assert "truncated or damaged" in raised.value.details[0]
+    with pytest.raises(InputError, match="one thing is wrong"):
+        TrainingData(recipe_of(tmp_path), 16)
+    with pytest.raises(InputError, match="2 things are wrong") as raised:
+        TrainingData(recipe_of(tmp_path), 16, unpack=True)
+    assert "c.png" in raised.value.details[0]
+    assert "b.jpg" in raised.value.details[1]
+    assert "truncated or damaged" in raised.value.details[1]
+
+
+def test_what_no_stage_trains_and_what_is_cropped_is_told(tmp_path):
+    fill(tmp_path, "a.png", "a.txt", *TRIPLET, *SUBJECT)
+    (tmp_path / "s.png").write_bytes(picture_bytes(width=20, height=20))  # nor is it too small
+    data = TrainingData(recipe_of(tmp_path, size=32), 16)
+    assert data.summary == "data: 1 of text_to_image (1 at 32x32)"
+    assert data.notes == ("2 of 3 are left out: no stage has edit, subject",)
+    for number in range(5):
+        (tmp_path / f"wide{number}.png").write_bytes(picture_bytes(number, 1000, 40))
+        (tmp_path / f"wide{number}.txt").write_text("a very wide picture")
+    (tmp_path / "e.source.png").write_bytes(picture_bytes(3, 44, 90))
+    data = TrainingData(recipe_of(tmp_path, tasks=("text_to_image", "edit"), size=32), 16)
+    assert data.notes == (
+        "1 of 8 are left out: no stage has subject",
+        "cropping takes more than a third of 6: e.source.png (44x90 at 32x32), "
+        "wide0.png (1000x40 at 64x16), wide1.png (1000x40 at 64x16) and 3 more",
+    )
+    plain = recipe_of(tmp_path, size=32).to_dict()
+    (stage,) = plain["stages"]
+    few = parse_recipe(plain | {"stages": [stage | {"filter": {"without": ["wide"]}}]})
+    assert TrainingData(few, 16).notes[1] == "5 of 8 are left out: no stage's filter admits them"
 
 
 def test_many_problems_are_counted(tmp_path):
@@ -500,6 +524,78 @@ def test_a_stage_cannot_have_tasks_that_the_data_lacks(tmp_path):
     with pytest.raises(UsageError, match=r"tasks has text_to_image.*has 1 of edit") as raised:
         TrainingData(recipe_of(tmp_path), 16)
     assert raised.value.remedy.endswith("stages.0.tasks = { edit = 1.0 }.")
+    with pytest.raises(UsageError, match=r"tasks has text_to_image.*has 1 of edit"):
+        TrainingData(recipe_of(tmp_path, world=0.5), 16)  # nothing would be learnt from it
+
+
+def test_tasks_that_the_data_lacks_come_from_the_world_where_it_has_a_share(ten):
+    tasks = ("text_to_image", "language", "edit")
+    recipe = replace(
+        recipe_of(ten, tasks=tasks, steps=20, size=48, world=0.01), tokenizer=str(NANO)
+    )
+    learner = O1Learner(recipe)
+    assert learner.data.notes == ("the data has no edit, language: all of it comes from the world",)
+    seen = Counter()
+    for step in range(20):
+        batch = learner.make_batch(step)
+        seen.update(batch.tasks)
+        for one in (learner.data.draw(step), learner.data.draw(step, 1, 2)):
+            own = {isinstance(sample, Sample) for sample in one.samples}
+            assert own == {True} or one.task == "text_to_image"
+    assert min(seen[task] for task in tasks) > 10
+
+
+def test_language_and_questions(tmp_path):
+    fill(tmp_path, "a.png")
+    lines_of(
+        tmp_path,
+        {"text": "Once upon a time,\nthere was a cube."},
+        {"image": "a.png", "question": "What is left?", "answer": "A red\ncube."},
+        {"image": "a.png", "caption": "one", "question": "why", "answer": "so"},
+        {"image": "a.png", "question": "What is it?", "answer": "A tree."},
+    )
+    found = open_dataset(tmp_path)
+    assert not found.problems
+    assert found.notes == ("other columns are left out: answer, question",)
+    tasks = ["language", "understanding", "text_to_image", "understanding"]
+    assert [item.task for item in found.items] == tasks
+    recipe = recipe_of(tmp_path, tasks=tuple(set(tasks)), steps=20, flip=True)
+    learner = O1Learner(replace(recipe, tokenizer=str(NANO)))
+    assert learner.data.summary == (
+        "data: 1 of language, 1 of text_to_image, 2 of understanding (3 at 32x32)"
+    )
+    samples = [learner.data.sample(0, task, i)[0] for task in tasks for i in range(9)]
+    said = {(sample.task, sample.prompt, sample.answer) for sample in samples}
+    assert said == {
+        ("language", "", "Once upon a time,\nthere was a cube."),
+        ("understanding", "What is left?", "A red\ncube."),
+        ("understanding", "What is it?", "A tree."),
+        ("text_to_image", "one", ""),
+    }
+    mirrored = {}
+    for sample in samples:
+        pictures = sample.reference_pictures(*sample.size)
+        assert len(pictures) == (sample.task == "understanding")
+        mirrored.setdefault(sample.prompt, set()).update(p.tobytes() for p in pictures)
+    assert [len(mirrored[words]) for words in ("What is left?", "What is it?")] == [1, 2]
+    batches = [learner.make_batch(step) for step in range(8)]
+    spoken = {name: sum(len(b.said[name]) for b in batches) for name in batches[0].said}
+    assert spoken["language"] > 20 < spoken["understanding"]
+    assert {task for batch in batches for task in batch.tasks} == set(tasks)
+    lines_of(
+        tmp_path,
+        {"image": "a.png", "question": "What?"},
+        {"image": "a.png", "answer": "What?"},
+        {"text": "one", "id": 3},
+        {"text": " "},
+    )
+    told = [problem.partition(": ")[2] for problem in open_dataset(tmp_path).problems]
+    assert told == [
+        "it has no answer.",
+        "it has no question.",
+        "it has no image (as language, text stands alone).",
+        "the caption is empty.",
+    ]
 
 
 # -- samples ---------------------------------------------------------------------------------------
