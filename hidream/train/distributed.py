@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hidream.errors import UsageError
+from hidream.errors import HidreamError, InputError, UsageError
 from hidream.train.sharding import local
 
 
@@ -115,6 +115,26 @@ def leave(world: World) -> None:
     """End this process's part in the group."""
     if world.size > 1:
         dist.destroy_process_group()
+
+
+def first_alone(world: World, work: Callable[[], None]) -> None:
+    """Let the first process do some work, for up to a week, while all others wait.
+
+    Its HidreamError is raised there; in the others an InputError that says so.
+    """
+    group, failure = world.group, None
+    if world.size > 1:
+        group = dist.new_group(timeout=timedelta(days=7), backend="gloo")
+    if world.main:
+        try:
+            work()
+        except HidreamError as error:
+            failure = error
+    failed = replace(world, group=group).sum([float(failure is not None)])[0]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise InputError("the first process found something wrong.", "It says what, above.")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 
 from hidream.errors import HidreamError
 from hidream.train.config import Recipe, load_recipe, parse_recipe
-from hidream.train.distributed import World, join, launched, leave
+from hidream.train.distributed import World, first_alone, join, launched, leave
 from hidream.train.launch import INTERRUPTED, check, refuse_second_run, write_recipe
 from hidream.train.log import readable
 from hidream.train.loop import train
@@ -57,8 +57,8 @@ def run_launched(
         own = [f"processes={world.size}", f"device={world.device}"]
         recipe = load_recipe(recipe_path, [*overrides, *own])
         checked_layout(recipe, world)
-        check(recipe)
         refuse_second_run(recipe, resume)
+        first_alone(world, lambda: check(recipe))
         world.barrier()  # before one of them makes the folder
         if world.main:
             write_recipe(recipe)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from hidream.cli import console, main
+from hidream.errors import InputError
+from hidream.train.distributed import World, first_alone
 from hidream.train.tokenizer import build_tokenizer
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -76,6 +80,42 @@ def test_the_first_process_says_what_is_wrong_with_the_command(recipe, monkeypat
         assert waited == [console.SECONDS_FOR_THE_FIRST] * int(rank)  # to be ended meanwhile
 
 
+def test_the_data_are_checked_before_training(recipe, tmp_path, monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    tiny.picture(1, 140, 140).save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-100])
+    more = ("stages.0.tasks={ text_to_image = 1.0 }", f"out={tmp_path / 'run'}")
+    assert main(["train", str(recipe), f"data={tmp_path}", *more]) == 3
+    assert "a.jpg: it is truncated or damaged" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_others_wait_for_the_first_and_end_with_it():
+    """A queue stands for the sum over two processes."""
+    sums, asked = queue.Queue(), []
+
+    class Told(World):
+        def sum(self, values):
+            if self.main:
+                sums.put(values)
+                return values
+            return sums.get(timeout=30)
+
+    def fail():
+        asked.append(1)
+        raise InputError("the data are bad.")
+
+    with pytest.raises(InputError, match="the data are bad"):
+        first_alone(Told(rank=0), fail)
+    with pytest.raises(InputError, match="the first process found something wrong"):
+        first_alone(Told(rank=1), fail)
+    first_alone(Told(rank=0), lambda: None)
+    first_alone(Told(rank=1), fail)
+    assert asked == [1]
+
+
 @pytest.mark.slow
 def test_two_processes_of_torchrun_are_one(recipe, tmp_path):
     done = torchrun(recipe, f"out={tmp_path / 'two'}")
@@ -94,7 +134,11 @@ def test_two_processes_of_torchrun_are_one(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("sed=5", 'unknown key "sed"'), ("parallel.tp=3", "[parallel] is for 3 processes")],
+    [
+        ("sed=5", 'unknown key "sed"'),
+        ("parallel.tp=3", "[parallel] is for 3 processes"),
+        ("data=/none", "the data /none does not exist."),
+    ],
 )
 def test_torchrun_shows_one_message(recipe, tmp_path, change, message):
     failed = torchrun(recipe, f"out={tmp_path / 'run'}", change)
