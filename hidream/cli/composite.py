@@ -132,7 +132,9 @@ def _scene(arguments: argparse.Namespace, given: Mapping[str, Any]) -> GenerateR
     fields["seed"] = seed[0] if isinstance(seed, list) else seed
     fields["prompt"] = arguments.background_prompt
     asked = GenerateRequest.from_dict(fields)
-    spec, folder, missing = find_model(arguments.model or DEFAULT_MODEL, arguments.variant)
+    spec, folder, missing = find_model(
+        arguments.model or DEFAULT_MODEL, arguments.variant, arguments.components
+    )
     scene = replace(resolve(asked, spec.defaults, spec.patch_size), model=spec.name)
     check_ability(spec, scene)
     if arguments.dry_run:
