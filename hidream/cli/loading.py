@@ -32,7 +32,7 @@ def load_pipeline(
     """The pipeline of `model`, which the message calls `name`, as `add_model`'s flags say."""
     from hidream.pipelines import load
 
-    spec = locate(model, variant=arguments.variant)[0]
+    spec = locate(model, variant=arguments.variant, components=arguments.components)[0]
     check_parts(spec, llama=arguments.llama, refiner=arguments.refiner)
     console.say(f"loading {name or model}")
     keep_freed_memory()

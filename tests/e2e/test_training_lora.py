@@ -192,7 +192,13 @@ def test_a_picture_that_breaks_during_a_run_is_counted(
 
 def test_the_command_from_a_folder_to_a_lora(tiny_folder, pictures, tmp_path, capfd, caplog):
     caplog.set_level("INFO")
-    changes = ["model=o1-tiny", f"init={tiny_folder}", f"out={tmp_path / 'run'}", "processes=2"]
+    changes = [
+        "model=o1-tiny",
+        f"init={tiny_folder}",
+        f"out={tmp_path / 'run'}",
+        "processes=2",
+        "objective.noise_scale=2.0",
+    ]
     stage = f"stages=[{STAGE.replace('TASK', 'text_to_image')}]"
     assert run(RECIPE, [*changes, *FEW, stage, f"data={pictures / 'pictures'}"]) == 0
     assert "data: 3 of text_to_image (2 at 80x48, 1 at 48x80)" in caplog.text

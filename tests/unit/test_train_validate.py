@@ -68,7 +68,9 @@ def test_a_run_validates_its_averages_and_tells_the_tracker(tmp_path, monkeypatc
     run_of = types.SimpleNamespace(
         log=lambda values, step: told.append((step, values)), finish=lambda: None
     )
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run_of))
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run_of, Image=str)
+    )
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
     recipe = recipe_of(
         tmp_path,
@@ -92,6 +94,7 @@ def test_a_run_validates_its_averages_and_tells_the_tracker(tmp_path, monkeypatc
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert all(0 < line["mfu"] < 1.5 for line in steps)
     seen = {(step, name) for step, values in told for name in values}
+    assert (2, "validation") in seen
     assert {(2, "right_all"), (2, "right_edits"), (3, "mfu"), (3, "loss_text_to_image")} <= seen
 
 
