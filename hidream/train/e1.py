@@ -59,4 +59,4 @@ class E1Learner(I1Learner):
         return montage([picture for pair in pairs for picture in pair], stage.size)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "guidance_scale": 1.0, "image_guidance_scale": 1.0}
+        return {**super().settings(), "guidance_scale": 1.5, "image_guidance_scale": 1.8}
