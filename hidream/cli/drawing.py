@@ -235,8 +235,7 @@ def _request(
     model = arguments.model or again.model or DEFAULT_MODEL
     if again.model and model != again.model:
         warnings.append(f"the settings come from a picture of {again.model}, not of {model}.")
-    values = merged(again, given)
-    values = with_embeddings(values)
+    values = with_embeddings(merged(again, given))
     if "prompt" not in values:
         raise UsageError("there is no prompt.", 'Write it first: hidream generate "a red cube".')
     return model, GenerateRequest.from_dict(values)

@@ -110,11 +110,7 @@ class I1Learner(Learner):
         texts, vae = Path(recipe.init), Path(recipe.init) / "vae"
         if not recipe.init:
             texts, vae = recipe.run_dir / "encoders", recipe.run_dir / "vae" / "model"
-        if not vae.is_dir():
-            raise UsageError(
-                f"there is no autoencoder in {vae}.",
-                "Give the recipe [[vae.stages]], or init=FOLDER with a whole I1.",
-            )
+        _check_autoencoder(vae)
         if world.main and not texts.exists():
             encoders.write_encoders(
                 texts, self.config, num_tokens=recipe.num_tokens, seed=recipe.seed
@@ -139,6 +135,7 @@ class I1Learner(Learner):
                 "data.path needs a whole model to begin with.",
                 "Give init = FOLDER: an autoencoder learns on the world alone.",
             )
+        _check_autoencoder(Path(recipe.init) / "vae")
         read = TextEncoders.open(recipe.init, device="cpu", dtype=torch.float32)
 
         def fits(task: str, caption: str) -> str:
@@ -146,9 +143,7 @@ class I1Learner(Learner):
             whole = len(cut) < len(encoders.PARTS)  # one of them reads all of it
             return "" if whole else f"its caption is too long: {cut[-1].rstrip('.')}"
 
-        config, _ = read_config(Path(recipe.init) / "vae")
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
-        return TrainingData(recipe, factor * model_config(recipe).patch_size, fits, unpack=unpack)
+        return TrainingData(recipe, patch_side(recipe), fits, unpack=unpack)
 
     def lora_layers(self) -> list[str]:
         folder, _ = open_i1(self.recipe.init)
@@ -166,11 +161,7 @@ class I1Learner(Learner):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        factor = 2 ** (len(recipe.vae.widths) - 1)
-        if (place := Path(recipe.init) / "vae").is_dir() and recipe.init:
-            config, _ = read_config(place)
-            factor = 2 ** (len(config["block_out_channels"]) - 1)
-        check_sizes(recipe, factor * model_config(recipe).patch_size)
+        check_sizes(recipe, patch_side(recipe))
 
     def build(self) -> I1:
         if self.recipe.init:
@@ -340,6 +331,23 @@ class I1Learner(Learner):
         _write_json(draft / "model_index.json", index)
         _write_json(draft / "hidream.json", self.settings())
         return put_in_place(draft, out_dir)
+
+
+def _check_autoencoder(vae: Path) -> None:
+    if not vae.is_dir():
+        raise UsageError(
+            f"there is no autoencoder in {vae}.",
+            "Give the recipe [[vae.stages]], or init=FOLDER with a whole I1.",
+        )
+
+
+def patch_side(recipe: Recipe) -> int:
+    """Pixels of a picture that a patch's side stands for: by the VAE in `init` if there is one,
+    else by the recipe's own."""
+    place, num_levels = Path(recipe.init) / "vae", len(recipe.vae.widths)
+    if recipe.init and place.is_dir():
+        num_levels = len(read_config(place)[0]["block_out_channels"])
+    return 2 ** (num_levels - 1) * model_config(recipe).patch_size
 
 
 def model_config(recipe: Recipe) -> I1Config:

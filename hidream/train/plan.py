@@ -180,12 +180,11 @@ def _o1(recipe: Recipe) -> tuple[nn.Module, Callable[[int, str], int]]:
 
 def _i1(recipe: Recipe) -> tuple[nn.Module, Callable[[int, str], int]]:
     from hidream.models.i1.model import I1
-    from hidream.train.i1 import model_config
+    from hidream.train.i1 import model_config, patch_side
 
-    config = model_config(recipe)
     with torch.device("meta"):
-        model = I1(config)
-    pixels = 2 ** (len(recipe.vae.widths) - 1) * config.patch_size
+        model = I1(model_config(recipe))
+    pixels = patch_side(recipe)
 
     def num_tokens(size: int, task: str) -> int:
         pictures = 2 if task == "edit" else 1  # the source stands beside it
