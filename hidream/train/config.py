@@ -32,7 +32,8 @@ class Stage:
     ended (from 0 in the first), holds, and falls linearly to `final_rate` over the last `decay`.
     `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image and of
     subject (where a task has none: the world's own mix), `filter` says which of their samples are
-    taken. `objective` has what is other than in the recipe's own. `sparsity` of O1 is the share of
+    taken. `composed` arranges the world's scenes in one way where the prompt leaves it open
+    (`hidream.world.composed`). `objective` has what is other than in the recipe's own. `sparsity` of O1 is the share of
     the attention between blocks of a picture's patches that is left out: the network learns to do
     without (`hidream.nn.sparse`).
     """
@@ -48,6 +49,7 @@ class Stage:
     final_rate: float = 0.0
     objective: dict[str, Any] = field(default_factory=dict)
     filter: Filter = field(default_factory=Filter)
+    composed: bool = False
     sparsity: float = 0.0
 
 

@@ -15,6 +15,7 @@ from hidream.errors import ModelError
 from hidream.sampling.schedules import shift_sigma
 from hidream.train.config import Recipe, Stage
 from hidream.world import tasks
+from hidream.world.composed import composed
 from hidream.world.tasks import Sample
 
 MAX_DRAWS = 10_000
@@ -69,12 +70,14 @@ def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
 
 
 def candidate(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
-    """The world's sample `index` of a task, of one of the stage's categories if it names some."""
+    """The world's sample `index` of a task, of one of the stage's categories if it names some,
+    and composed if the stage says so."""
     category = None
     own = {name: w for name, w in stage.categories.items() if w and tasks.task_of(name) == task}
     if own:
         category = weighted(own, generator(recipe.seed, Stream.CATEGORY, index))
-    return tasks.sample(task, recipe.seed, index, category=category)
+    sample = tasks.sample(task, recipe.seed, index, category=category)
+    return composed(sample) if stage.composed else sample
 
 
 def noise_levels(

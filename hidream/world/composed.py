@@ -1,0 +1,57 @@
+"""Composed scenes: what a prompt leaves open is settled in one way, as in curated pictures.
+
+A scene's objects may stand anywhere; a network must then decide, in noise, between arrangements
+that the words do not tell apart. In composed scenes sizes that go unsaid are large, and places
+follow from how many objects there are and how they are related.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hidream.world.sample import Sample
+from hidream.world.scene import SIZES
+
+_LOW, _MIDDLE, _HIGH = 0.25, 0.5, 0.75
+#: Number of objects -> their centres (x, y), in the order in which the prompt names them. Around
+#: each is room for the largest size; all lie alike across patches of an eighth of the side.
+_PLACES: dict[int, tuple[tuple[float, float], ...]] = {
+    1: ((_MIDDLE, _MIDDLE),),
+    2: ((_LOW, _MIDDLE), (_HIGH, _MIDDLE)),
+    3: ((_LOW, _LOW), (_HIGH, _LOW), (_MIDDLE, _HIGH)),
+    4: ((_LOW, _LOW), (_HIGH, _LOW), (_LOW, _HIGH), (_HIGH, _HIGH)),
+}
+#: Of two objects, the first standing in a relation to the second.
+_RELATED: dict[str, tuple[tuple[float, float], ...]] = {
+    "left": _PLACES[2],
+    "right": _PLACES[2][::-1],
+    "above": ((_MIDDLE, _LOW), (_MIDDLE, _HIGH)),
+    "below": ((_MIDDLE, _HIGH), (_MIDDLE, _LOW)),
+}
+
+
+def composed(sample: Sample) -> Sample:
+    """The sample, its objects at the places above; words, claims and looks stay.
+
+    What has an arrangement of its own stays as it is: edits, layouts, shots, storyboards, signs
+    with something beside them, relations between more than two objects, and pictures that are
+    only spoken of.
+    """
+    if sample.task not in ("text_to_image", "subject"):
+        return sample
+    objects, relations = sample.scene.objects, sample.claims.relations
+    fixed = sample.layout or sample.panels or sample.scene.camera
+    signs = any(thing.kind == "sign" for thing in objects)
+    if fixed or (signs or relations) and len(objects) > (1 if signs else 2):
+        return sample
+    places = _RELATED[relations[0][1]] if relations else _PLACES[len(objects)]
+    arranged = tuple(
+        replace(
+            thing,
+            size=thing.size if claim.size or claim.word else SIZES["large"],
+            x=x,
+            y=y,
+        )
+        for thing, claim, (x, y) in zip(objects, sample.claims.objects, places, strict=True)
+    )
+    return replace(sample, scene=replace(sample.scene, objects=arranged))
