@@ -33,9 +33,9 @@ class Stage:
     `tasks` weights the tasks (Hi-DiT has none), `categories` those of text_to_image and of
     subject (where a task has none: the world's own mix), `filter` says which of their samples are
     taken. `composed` arranges the world's scenes in one way where the prompt leaves it open
-    (`hidream.world.composed`). `objective` has what is other than in the recipe's own. `sparsity` of O1 is the share of
-    the attention between blocks of a picture's patches that is left out: the network learns to do
-    without (`hidream.nn.sparse`).
+    (`hidream.world.composed`). `objective` has what is other than in the recipe's own. `sparsity`
+    of O1 is the share of the attention between blocks of a picture's patches that is left out: the
+    network learns to do without (`hidream.nn.sparse`).
     """
 
     size: int

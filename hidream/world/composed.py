@@ -42,7 +42,7 @@ def composed(sample: Sample) -> Sample:
     objects, relations = sample.scene.objects, sample.claims.relations
     fixed = sample.layout or sample.panels or sample.scene.camera
     signs = any(thing.kind == "sign" for thing in objects)
-    if fixed or (signs or relations) and len(objects) > (1 if signs else 2):
+    if fixed or len(objects) > (1 if signs else 2 if relations else 4):
         return sample
     places = _RELATED[relations[0][1]] if relations else _PLACES[len(objects)]
     arranged = tuple(
