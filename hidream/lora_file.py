@@ -13,7 +13,8 @@ from typing import Any
 from safetensors import safe_open
 
 from hidream.errors import InputError, ModelError
-from hidream.folder import PICKLES, TensorInfo, fetch, read_header
+from hidream.folder import PICKLES, TensorInfo, read_header
+from hidream.locating import fetch
 
 # What stands before a layer's name: PEFT, ComfyUI and ai-toolkit, diffusers, kohya and musubi,
 # LyCORIS, DiffSynth.

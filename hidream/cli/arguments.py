@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from hidream.camera import CAMERA
 from hidream.errors import InputError, UsageError
-from hidream.folder import REFINER
+from hidream.locating import REFINER
 from hidream.memory import POLICIES
 from hidream.registry import DEFAULT_MODEL, SAMPLERS, VARIANTS, nearest
 from hidream.request import GenerateRequest

@@ -11,7 +11,8 @@ from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model, add_text
 from hidream.cli.loading import check_memory, load_pipeline
 from hidream.errors import ModelError, UsageError
-from hidream.folder import locate, open_folder
+from hidream.folder import open_folder
+from hidream.locating import locate
 from hidream.registry import DEFAULT_MODEL
 from hidream.text_request import TextRequest
 

@@ -17,18 +17,16 @@ from hidream.cli.previews import Previews, check_previews
 from hidream.cli.recording import Inputs, differences, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import ModelError, UsageError
-from hidream.folder import (
-    Folder,
+from hidream.folder import Folder, is_alone, open_model
+from hidream.limits import batch_size
+from hidream.locating import (
     check_parts,
     components_folder,
     find_refiner,
-    is_alone,
     locate,
-    open_model,
     published,
     told_variant,
 )
-from hidream.limits import batch_size
 from hidream.memory import POLICIES
 from hidream.models.e1 import refining_warnings, target_description
 from hidream.registry import DEFAULT_MODEL, SPECS, Spec, known

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_json, add_model
 from hidream.errors import InputError, UsageError
-from hidream.folder import check_parts, components_folder, locate, transformer_folder
+from hidream.folder import transformer_folder
 from hidream.limits import clean_prompt
+from hidream.locating import check_parts, components_folder, locate
 from hidream.memory import Policy, find_policy
 from hidream.request import ENCODERS
 

@@ -8,7 +8,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from hidream.cli import console
-from hidream.folder import check_parts, locate
+from hidream.locating import check_parts, locate
 from hidream.memory import find_policy
 
 if TYPE_CHECKING:

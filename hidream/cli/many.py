@@ -32,8 +32,9 @@ from hidream.cli.prompt_file import Line, located, read_prompt_file
 from hidream.cli.recording import Inputs, model_digest, note_of, read_inputs
 from hidream.cli.stopping import stopped_by_ctrl_c
 from hidream.errors import InputError, UsageError
-from hidream.folder import Folder, check_parts, find_refiner, open_model
+from hidream.folder import Folder, open_model
 from hidream.limits import MAX_IMAGES, batch_size
+from hidream.locating import check_parts, find_refiner
 from hidream.models.e1 import refining_warnings
 from hidream.registry import DEFAULT_MODEL, Spec
 from hidream.request import GenerateRequest, check_ability, resolve, warnings_of

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_components, add_json
 from hidream.errors import ModelError, UsageError
-from hidream.folder import fetch, holds_transformer, locate, open_file, published, read_config
+from hidream.folder import holds_transformer, open_file, read_config
+from hidream.locating import fetch, locate, published
 from hidream.registry import SPECS, VARIANTS, Spec, find, known, nearest
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hidream.errors import ModelError
-from hidream.folder import PICKLES, fetch, read_header
+from hidream.folder import PICKLES, read_header
+from hidream.locating import fetch
 from hidream.models.hidit.encoder import MEAN, STAND_IN, STD, Encoder, open_encoder
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)

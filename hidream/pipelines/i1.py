@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from hidream.cancel import CancelToken
-from hidream.folder import REFINER, components_folder, find_refiner, transformer_config
+from hidream.folder import transformer_config
+from hidream.locating import REFINER, components_folder, find_refiner
 from hidream.memory import AUTO, Policy
 from hidream.models.e1 import published_source, refining_warnings, target_description
 from hidream.models.i1.config import I1Config

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hidream.folder import REFINER, check_parts, locate
+from hidream.locating import REFINER, check_parts, locate
 from hidream.memory import find_policy
 from hidream.pipelines.base import LoadOptions, Pipeline
 from hidream.pipelines.devices import find_device, find_dtype, told_when_full

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hidream import registry
 from hidream.errors import UsageError
-from hidream.folder import locate, open_folder
+from hidream.folder import open_folder
 from hidream.limits import SPARSE_BLOCK, skipped_blocks
+from hidream.locating import locate
 from hidream.lora_file import linear_layers
 from hidream.models.o1.config import SIZES, O1Config
 from hidream.models.o1.decoder import Decoder

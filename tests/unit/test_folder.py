@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hidream import folder as folders
+from hidream import locating
 from hidream.errors import ModelError, UsageError
-from hidream.folder import locate, open_folder, read_header
+from hidream.folder import TRANSFORMER, open_folder, read_header
+from hidream.locating import locate
 from hidream.registry import SPECS
 
 
@@ -164,7 +165,7 @@ def test_locating_folders_and_names(whole, monkeypatch):
         locate("o1-nona")
     with pytest.raises(UsageError, match="variant"):
         locate(whole, variant="large")
-    monkeypatch.setattr(folders, "fetch", lambda repo, local_only: whole)
+    monkeypatch.setattr(locating, "fetch", lambda repo, local_only: whole)
     spec, path = locate("HiDream-ai/HiDream-O1-Image-Dev")
     assert (spec.name, spec.patch_size, path) == ("o1-dev", 8, whole)
 
@@ -183,21 +184,21 @@ def test_an_i1_is_of_its_schedulers_variant(tmp_path, kind, shift, variant):
     """Where neither its name, nor hidream.json, nor the user says another."""
     for part in ("transformer", "scheduler"):
         (tmp_path / part).mkdir()
-    config = {"_class_name": folders.TRANSFORMER, "max_resolution": [128, 128]}
+    config = {"_class_name": TRANSFORMER, "max_resolution": [128, 128]}
     write(tmp_path / "transformer" / "config.json", config)
     write(tmp_path / "scheduler" / "scheduler_config.json", {"_class_name": kind, "shift": shift})
-    assert folders.told_variant(tmp_path) == variant
+    assert locating.told_variant(tmp_path) == variant
     spec = locate(tmp_path)[0]
     wanted = SPECS[f"i1-{variant or 'full'}"]
     assert (spec.variant, spec.defaults) == (wanted.variant, wanted.defaults)
     for chosen in ("full", "dev", "fast"):
         assert locate(tmp_path, variant=chosen)[0].variant == chosen
     write(tmp_path / "hidream.json", {"variant": "dev"})
-    assert locate(tmp_path)[0].variant == folders.told_variant(tmp_path) == "dev"
+    assert locate(tmp_path)[0].variant == locating.told_variant(tmp_path) == "dev"
 
 
 def test_a_variant_that_a_name_has_not_is_refused_before_anything_is_fetched(monkeypatch):
-    monkeypatch.setattr(folders, "fetch", None)
+    monkeypatch.setattr(locating, "fetch", None)
     for name in ("e1-full", "o1-nano"):
         with pytest.raises(UsageError, match=f"--variant fast: {name} is full; an .1 can be"):
             locate(name, variant="fast")
@@ -206,7 +207,7 @@ def test_a_variant_that_a_name_has_not_is_refused_before_anything_is_fetched(mon
 def test_what_is_not_on_this_machine(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="hidream models pull HiDream-ai/HiDream-O1-Image"):
-        folders.fetch("HiDream-ai/HiDream-O1-Image", local_only=True)
+        locating.fetch("HiDream-ai/HiDream-O1-Image", local_only=True)
     with pytest.raises(UsageError, match="did you mean"):
         locate("HiDream-ai/HiDream-O1-Imag")
 

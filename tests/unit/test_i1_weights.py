@@ -9,7 +9,7 @@ from diffusers import HiDreamImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from hidream.errors import ModelError
-from hidream.folder import locate
+from hidream.locating import locate
 from hidream.models.i1.weights import load_i1, open_i1, save_i1, verify_i1
 from hidream.nn.moe import pack
 from tests.tiny_i1 import TINIEST, features, latents, random_i1

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hidream.errors import ModelError
-from hidream.folder import SHIPPED
+from hidream.locating import SHIPPED
 from hidream.models import loading
 from hidream.models.o1.config import O1_NANO, O1_TINY, SIZES, O1Config, ReferenceBudgets
 from hidream.models.o1.model import O1

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hidream.errors import ModelError, UsageError
-from hidream.folder import PICKLES, fetch, read_config
+from hidream.folder import PICKLES, read_config
+from hidream.locating import fetch
 from hidream.models.loading import quiet_imports
 from hidream.registry import nearest
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from hidream.errors import ModelError
-from hidream.folder import fetch
+from hidream.locating import fetch
 
 VARIABLE = "HIDREAM_LLAMA"
 REPOS = (

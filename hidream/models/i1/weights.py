@@ -11,13 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hidream.errors import ModelError
-from hidream.folder import (
-    DIFFUSERS_STEM,
-    Folder,
-    open_file,
-    open_folder,
-    transformer_folder,
-)
+from hidream.folder import DIFFUSERS_STEM, Folder, open_file, open_folder, transformer_folder
 from hidream.lora_file import LoraFile
 from hidream.memory import AUTO, Policy
 from hidream.models.i1.config import E1_FULL, I1_FULL, I1Config
