@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 env: $(VENV)/.installed-dev
 
 test: env lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 slow: env
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -2,7 +2,8 @@
 
 A scene's objects may stand anywhere; a network must then decide, in noise, between arrangements
 that the words do not tell apart. In composed scenes sizes that go unsaid are large, and places
-follow from how many objects there are and how they are related.
+follow from how many objects there are and how they are related. What is unsaid of a camera is as
+in most pictures.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hidream.world.sample import Sample
-from hidream.world.scene import SIZES
+from hidream.world.scene import SIZES, Camera, Scene
+from hidream.world.shots import shot_scene
 
 _LOW, _MIDDLE, _HIGH = 0.25, 0.5, 0.75
 #: Number of objects -> their centres (x, y), in the order in which the prompt names them. Around
@@ -28,21 +30,24 @@ _RELATED: dict[str, tuple[tuple[float, float], ...]] = {
     "above": ((_MIDDLE, _LOW), (_MIDDLE, _HIGH)),
     "below": ((_MIDDLE, _HIGH), (_MIDDLE, _LOW)),
 }
+_CAMERA = {"shot": "medium-full", "angle": "eye-level", "view": "three-quarter"}
 
 
 def composed(sample: Sample) -> Sample:
     """The sample, its objects at the places above; words, claims and looks stay.
 
-    What has an arrangement of its own stays as it is: edits, layouts, shots, storyboards, signs
-    with something beside them, relations between more than two objects, and pictures that are
-    only spoken of.
+    What has an arrangement of its own stays as it is: edits, layouts, storyboards, signs with
+    something beside them, relations between more than two objects, and pictures that are only
+    spoken of.
     """
     if sample.task not in ("text_to_image", "subject"):
         return sample
+    if sample.scene.camera is not None:
+        return replace(sample, scene=_shot(sample))
     objects, relations = sample.scene.objects, sample.claims.relations
-    fixed = sample.layout or sample.panels or sample.scene.camera
     signs = any(thing.kind == "sign" for thing in objects)
-    if fixed or len(objects) > (1 if signs else 2 if relations else 4):
+    most = 1 if signs else 2 if relations else max(_PLACES)
+    if sample.layout or sample.panels or len(objects) > most:
         return sample
     places = _RELATED[relations[0][1]] if relations else _PLACES[len(objects)]
     arranged = tuple(
@@ -55,3 +60,9 @@ def composed(sample: Sample) -> Sample:
         for thing, claim, (x, y) in zip(objects, sample.claims.objects, places, strict=True)
     )
     return replace(sample, scene=replace(sample.scene, objects=arranged))
+
+
+def _shot(sample: Sample) -> Scene:
+    (thing,) = sample.scene.objects
+    camera = Camera(**{**_CAMERA, **sample.claims.camera})
+    return shot_scene(thing.kind, thing.color, sample.scene.background, camera)

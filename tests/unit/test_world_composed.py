@@ -36,7 +36,7 @@ def test_words_claims_and_looks_stay(category):
         ]
 
 
-@pytest.mark.parametrize("category", [*OPEN, "position", "related", "free", "subjects"])
+@pytest.mark.parametrize("category", [*OPEN, "position", "related", "free", "subjects", "shots"])
 def test_the_judge_agrees(category):
     for _, after in drawn(category, 4):
         verdict = judge(Image.fromarray(after.target(128, 128)), after)
@@ -76,7 +76,22 @@ def test_other_tasks_are_left_alone(task):
         assert composed(item) == item
 
 
-@pytest.mark.parametrize("category", ["shots", "storyboards", "layout", "many_words"])
+def test_what_is_unsaid_of_a_camera_is_always_the_same():
+    unsaid = set()
+    for before, after in drawn("shots", 200):
+        camera, told = after.scene.camera, after.claims.camera
+        assert (after.prompt, told) == (before.prompt, before.claims.camera)
+        assert after.scene.objects[0].color == before.scene.objects[0].color
+        assert camera.turn == 1
+        for field in ("shot", "angle", "view"):
+            if field in told:
+                assert getattr(camera, field) == told[field]
+            else:
+                unsaid.add((field, getattr(camera, field)))
+    assert unsaid == {("shot", "medium-full"), ("angle", "eye-level"), ("view", "three-quarter")}
+
+
+@pytest.mark.parametrize("category", ["storyboards", "layout", "many_words"])
 def test_what_has_an_arrangement_of_its_own_keeps_it(category):
     for before, after in drawn(category, 20):
         assert after == before or (category == "many_words" and len(after.scene.objects) == 1)
