@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hidream.cli import console
 from hidream.cli.arguments import Parser, add_drawing, request_fields
-from hidream.cli.drawing import check, check_reader, draw, find_model, refuse_for_now
+from hidream.cli.checking import check, check_flags, check_reader, find_model
+from hidream.cli.drawing import draw
 from hidream.cli.loading import load_pipeline
 from hidream.cli.recording import Inputs, model_digest, note_of
 from hidream.cli.stopping import stopped_by_ctrl_c
@@ -24,7 +25,7 @@ from hidream.request import GenerateRequest, check_ability, resolve
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hidream.cli.drawing import Checked
+    from hidream.cli.checking import Checked
     from hidream.pipelines import Pipeline
 
 STRENGTH = 0.4  # of the pass that blends the edge
@@ -78,7 +79,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"--band {arguments.band} is not between 1 and 512.")
     if not 0 < arguments.scale < math.inf:
         raise UsageError(f"--scale {arguments.scale} is not a number above 0.")
-    refuse_for_now(arguments)
+    check_flags(arguments)
 
     from hidream.pictures import read_picture
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from hidream.cli import console
 from hidream.cli.again import PICTURES
-from hidream.cli.drawing import (
-    COUNTS,
+from hidream.cli.checking import (
     as_given,
     check_loras,
     check_pictures,
@@ -26,6 +25,7 @@ from hidream.cli.drawing import (
     warn_not_here,
     with_embeddings,
 )
+from hidream.cli.drawing import COUNTS
 from hidream.cli.loading import load_pipeline
 from hidream.cli.previews import Previews, check_previews
 from hidream.cli.prompt_file import Line, located, read_prompt_file

@@ -64,5 +64,6 @@ def composed(sample: Sample) -> Sample:
 
 def _shot(sample: Sample) -> Scene:
     (thing,) = sample.scene.objects
-    camera = Camera(**{**_CAMERA, **sample.claims.camera})
+    told = {**_CAMERA, **sample.claims.camera}
+    camera = Camera(shot=told["shot"], angle=told["angle"], view=told["view"])
     return shot_scene(thing.kind, thing.color, sample.scene.background, camera)

@@ -18,7 +18,9 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 NANO = RECIPES / "o1_nano.toml"
 
 
-@pytest.mark.parametrize("name", ["o1_nano", "o1_nano_sft", "o1_nano_pretrain", "i1_tiny", "e1_tiny"])
+@pytest.mark.parametrize(
+    "name", ["o1_nano", "o1_nano_sft", "o1_nano_pretrain", "i1_tiny", "e1_tiny"]
+)
 def test_the_shipped_recipes_are_valid_and_plain_values_give_them_back(name):
     recipe = load_recipe(RECIPES / f"{name}.toml")
     assert recipe.model == f"{name[:2]}-nano"
