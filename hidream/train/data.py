@@ -26,10 +26,8 @@ from hidream.models.o1.tokens import (
 from hidream.train.config import Recipe, Stage
 from hidream.train.datasets import Pictured, Size, TrainingData
 from hidream.train.draws import (
-    MAX_DRAWS,
-    REDRAW,
     Stream,
-    candidate,
+    candidates,
     draw_noise,
     draw_place,
     draw_task,
@@ -213,16 +211,10 @@ def _draw(
 def _draw_world(
     recipe: Recipe, tokenizer: Tokenizer, stage: Stage, task: str, index: int
 ) -> _Found:
-    """The world's sample `index`, or its first replacement that the stage's filter admits and whose
-    words are no more than `max_text`."""
-    too_long = 0
-    for draw in range(MAX_DRAWS):
-        sample = candidate(recipe, stage, task, index + draw * REDRAW)
-        if not stage.filter.admits(sample.prompt):
-            continue
+    """The first of the world's candidates whose words are no more than `max_text`."""
+    for too_long, sample in enumerate(candidates(recipe, stage, task, index)):
         if num_words(tokenizer, sample) <= recipe.max_text:
             return _Found(task, sample, (stage.size, stage.size), redrawn=too_long)
-        too_long += 1
     raise ModelError(
         f"no sample of task {task} passes the stage's filter and has at most max_text = "
         f"{recipe.max_text} tokens.",

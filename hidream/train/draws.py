@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from statistics import NormalDist
 
@@ -56,28 +56,26 @@ def weighted(weights: dict[str, float], dice: np.random.Generator) -> str:
 
 
 def draw_sample(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
-    """Sample `index` of a task, or its first replacement that the stage's filter admits.
-
-    Raises ModelError where that is none of very many.
-    """
-    for draw in range(MAX_DRAWS):
-        sample = candidate(recipe, stage, task, index + draw * REDRAW)
-        if stage.filter.admits(sample.prompt):
-            return sample
+    """The first of `candidates`; ModelError where there is none."""
+    for sample in candidates(recipe, stage, task, index):
+        return sample
     raise ModelError(
         f"no sample of task {task} passes the stage's filter.", "Loosen [stages.filter]."
     )
 
 
-def candidate(recipe: Recipe, stage: Stage, task: str, index: int) -> Sample:
-    """The world's sample `index` of a task, of one of the stage's categories if it names some,
-    and composed if the stage says so."""
-    category = None
+def candidates(recipe: Recipe, stage: Stage, task: str, index: int) -> Iterator[Sample]:
+    """The world's sample `index` of a task, then its replacements: those of very many that the
+    stage's filter admits. They are of one of the stage's categories if it names some, and composed
+    if it says so."""
     own = {name: w for name, w in stage.categories.items() if w and tasks.task_of(name) == task}
-    if own:
-        category = weighted(own, generator(recipe.seed, Stream.CATEGORY, index))
-    sample = tasks.sample(task, recipe.seed, index, category=category)
-    return composed(sample) if stage.composed else sample
+    for number in range(index, index + MAX_DRAWS * REDRAW, REDRAW):
+        category = None
+        if own:
+            category = weighted(own, generator(recipe.seed, Stream.CATEGORY, number))
+        sample = tasks.sample(task, recipe.seed, number, category=category)
+        if stage.filter.admits(sample.prompt):
+            yield composed(sample) if stage.composed else sample
 
 
 def noise_levels(

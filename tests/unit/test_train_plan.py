@@ -13,7 +13,7 @@ from hidream.models.o1.model import O1
 from hidream.train import run
 from hidream.train.config import Data, load_recipe, parse_recipe
 from hidream.train.data import num_words
-from hidream.train.draws import candidate, draw_sample
+from hidream.train.draws import draw_sample
 from hidream.train.filter import Filter
 from hidream.train.learner import learner_of
 from hidream.train.o1 import O1Learner
@@ -111,7 +111,7 @@ def test_tokens_of_a_step_are_its_batchs_but_for_the_chats_own(task):
         planned, rest = divmod(plan(recipe).stages[0].tokens, 4)
         assert rest == 0
         for index, n in enumerate(learner.make_batch(0).batch.lengths):
-            sample = candidate(recipe, recipe.stages[0], task, index)
+            sample = draw_sample(recipe, recipe.stages[0], task, index)
             chats.add(n.total - num_words(learner.tokenizer, sample) - (planned - 64))
     (chat,) = chats  # as long at every size
     assert 0 < chat < 20
@@ -163,7 +163,8 @@ def test_a_stages_samples_are_the_first_that_its_filter_admits():
     (stage,) = recipe.stages
     samples = [draw_sample(recipe, stage, "text_to_image", i) for i in range(30)]
     assert all(stage.filter.admits(sample.prompt) for sample in samples)
-    unfiltered = [candidate(recipe, stage, "text_to_image", i) for i in range(30)]
+    every = dataclasses.replace(stage, filter=Filter())
+    unfiltered = [draw_sample(recipe, every, "text_to_image", i) for i in range(30)]
     same = [a == b for a, b in zip(samples, unfiltered, strict=True)]
     assert same == [stage.filter.admits(sample.prompt) for sample in unfiltered]
     assert 0 < sum(same) < 30

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hidream.judges.world import judge
 from hidream.train.config import parse_recipe
-from hidream.train.draws import candidate
+from hidream.train.draws import draw_sample
 from hidream.world.composed import composed
 from hidream.world.scene import SIZES, boxes_apart
 from hidream.world.tasks import TASKS, sample
@@ -102,7 +102,7 @@ def test_a_stage_draws_them_where_it_says_so(task):
     stage = {"size": 64, "steps": 1, "batch_size": 1, "learning_rate": 1e-3, "tasks": {task: 1.0}}
     recipe = parse_recipe({"name": "t", "model": "o1-tiny", "stages": [stage]})
     (stage,) = recipe.stages
-    plain = [candidate(recipe, stage, task, i) for i in range(20)]
-    settled = [candidate(recipe, replace(stage, composed=True), task, i) for i in range(20)]
+    plain = [draw_sample(recipe, stage, task, i) for i in range(20)]
+    settled = [draw_sample(recipe, replace(stage, composed=True), task, i) for i in range(20)]
     assert settled == [composed(item) for item in plain]
     assert (settled == plain) == (task not in ("text_to_image", "subject"))
