@@ -298,8 +298,13 @@ def sample_pictures(
 
 
 def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
-    """hidream.json: what the published layout cannot say about this checkpoint."""
-    size, sparsity = recipe.stages[-1].size, recipe.stages[-1].sparsity
+    """hidream.json: what the published layout cannot say about this checkpoint.
+
+    Steps and guidance are what nano does well with (docs/o1_nano.md): fewer and less where composed
+    scenes leave nothing to decide.
+    """
+    last = recipe.stages[-1]
+    size, sparsity = last.size, last.sparsity
     return {
         "name": recipe.name.replace("_", "-"),
         "family": "o1",
@@ -308,8 +313,8 @@ def settings(config: O1Config, recipe: Recipe) -> dict[str, Any]:
         "bottleneck_size": config.bottleneck_size,
         "noise_scale": recipe.objective_of(len(recipe.stages) - 1).noise_scale,
         "sampler": "flash",
-        "num_inference_steps": 50,
-        "guidance_scale": 3.0,
+        "num_inference_steps": 25 if last.composed else 50,
+        "guidance_scale": 2.0 if last.composed else 3.0,
         "shift": 3.0,
         "width": size,
         "height": size,
