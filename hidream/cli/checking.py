@@ -122,6 +122,7 @@ def check(
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
+    """UsageError for flags that exclude each other, or whose values cannot be."""
     if arguments.embed_inputs and arguments.no_metadata:
         raise UsageError("--embed-inputs and --no-metadata exclude each other.", "Leave one out.")
     check_memory(arguments)
