@@ -2,8 +2,8 @@
 
 A scene's objects may stand anywhere; a network must then decide, in noise, between arrangements
 that the words do not tell apart. In composed scenes sizes that go unsaid are large, and places
-follow from how many objects there are and how they are related. What is unsaid of a camera is as
-in most pictures.
+follow from how many objects there are and how they are related; what is unsaid of a camera has one
+value.
 """
 
 from __future__ import annotations
